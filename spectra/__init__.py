@@ -1,0 +1,42 @@
+"""Matrix-free spectral analysis of Hessians: exact products, stated errors.
+
+>>> import torch, spectra
+>>> H = spectra.HessianOperator.from_function(lambda x: (x**4).sum(), torch.ones(3))
+>>> print(spectra.eigsh(H, k=1).values)
+[12.]
+"""
+
+from spectra import errors
+from spectra.algorithms.density import SpectralDensity, spectral_density
+from spectra.algorithms.eigen import Eigenpairs, eigsh
+from spectra.algorithms.estimate import Estimate
+from spectra.algorithms.norms import norm
+from spectra.algorithms.trace import trace
+from spectra.analysis.analyze import Analysis, analyze
+from spectra.errors import SpectraError
+from spectra.objective import losses
+from spectra.objective.parameters import ParameterSpace
+from spectra.operators.base import as_operator
+from spectra.operators.hessian import HessianOperator
+from spectra.results import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Analysis",
+    "Eigenpairs",
+    "Estimate",
+    "HessianOperator",
+    "ParameterSpace",
+    "SpectraError",
+    "SpectralDensity",
+    "analyze",
+    "as_operator",
+    "eigsh",
+    "errors",
+    "load",
+    "losses",
+    "norm",
+    "spectral_density",
+    "trace",
+]

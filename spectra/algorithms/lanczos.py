@@ -1,0 +1,191 @@
+"""How does a Krylov space grow? Lanczos steps with full reorthogonalisation, kept in one basis.
+
+    H V = V T + β v eᵀ          (V orthonormal, v the next basis vector)
+
+Precision policy: the basis has the operator's dtype, T and everything computed from it is float64,
+projections accumulate in float64, thresholds are relative to ‖T‖ and the basis' eps.
+
+References: Lanczos, 1950, "An iteration method for the solution of the eigenvalue problem"; Daniel,
+Gragg, Kaufman and Stewart, 1976, "Reorthogonalization and stable algorithms for updating the
+Gram-Schmidt QR factorization"; Wu and Simon, 2000, "Thick-restart Lanczos method for large symmetric
+eigenvalue problems".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectra.algorithms import probes
+from spectra.operators.base import SymmetricOperator
+
+__all__ = ["Krylov", "RitzPairs"]
+
+# A second orthogonalisation pass is needed when the first took away more than this share of the
+# norm (Daniel et al. 1976: «twice is enough»).
+_CANCELLATION = 0.7071
+
+
+@dataclass(frozen=True, eq=False)
+class RitzPairs:
+    """Eigenpairs of T.
+
+    Attributes
+    ----------
+    values
+        (j,) ascending.
+    coefficients
+        (j, j), columns: the Ritz vectors in terms of the basis.
+    residuals
+        (j,) norms ‖Hx − λx‖ as the recurrence has them: right up to the noise of the products.
+    """
+
+    values: np.ndarray
+    coefficients: np.ndarray
+    residuals: np.ndarray
+
+
+class Krylov:
+    """An orthonormal basis that grows by one vector per product, and the projection of H on it.
+
+    Parameters
+    ----------
+    operator
+        What to multiply with.
+    capacity
+        Most vectors the basis may hold; memory (capacity + 1) n.
+    generator
+        For directions when the space is exhausted.
+    start
+        First direction (n,), not zero; random by default.
+    complement_of
+        Orthonormal rows (r, n); the Krylov space is that of H restricted to their complement.
+    """
+
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        capacity: int,
+        generator: torch.Generator,
+        start: Tensor | None = None,
+        complement_of: Tensor | None = None,
+    ) -> None:
+        self._operator = operator
+        self._space = operator.space
+        self._generator = generator
+        self._outside = complement_of
+        self.dimension = self._space.n - (0 if complement_of is None else len(complement_of))
+        self.capacity = min(capacity, self.dimension)
+        # One row more than the capacity: the next basis vector waits there.
+        self._rows = self._space.empty(min(self.capacity + 1, self.dimension))
+        self.projection = np.zeros((self.capacity, self.capacity))
+        self.size = 0
+        self.beta = 0.0
+        self.exhausted = False
+        """The span of the basis was invariant under H when the last vector was added."""
+        if start is None:
+            self._rows[0] = probes.sphere(self._space, generator, complement_of)
+        else:
+            self._rows[0] = start / self._space.norm(start)
+
+    @property
+    def basis(self) -> Tensor:
+        """The orthonormal basis, as rows (size, n); a view that later steps change."""
+        return self._rows[: self.size]
+
+    @property
+    def full(self) -> bool:
+        """No further step fits."""
+        return self.size == self.capacity
+
+    @property
+    def complete(self) -> bool:
+        """The basis spans the whole space: its Ritz pairs are all the eigenpairs."""
+        return self.size == self.dimension
+
+    def step(self) -> None:
+        """Add the waiting vector to the basis: one product."""
+        j = self.size
+        vector = self._operator.apply(self._rows[j])
+        if self._outside is not None:
+            probes.remove(self._space, vector, self._outside)
+        self.size = j + 1
+        coefficients, norm = self._orthogonalise(vector)
+        self.projection[: j + 1, j] = self.projection[j, : j + 1] = coefficients
+        scale = float(np.abs(self.projection[: j + 1, : j + 1]).max(initial=0.0))
+        self.exhausted = norm <= 10 * self._space.eps * scale
+        self.beta = 0.0 if self.exhausted else norm
+        if self.complete:
+            self.beta, self.exhausted = 0.0, True
+        elif self.exhausted:
+            self._rows[self.size] = self._fresh_direction()
+        else:
+            self._rows[self.size] = vector.div_(norm)
+
+    def ritz(self) -> RitzPairs:
+        """Eigenpairs of the projection, at the cost of a small dense eigenproblem."""
+        values, coefficients = np.linalg.eigh(self.projection[: self.size, : self.size])
+        return RitzPairs(values, coefficients, self.beta * np.abs(coefficients[-1]))
+
+    def restart(self, pairs: RitzPairs, keep: np.ndarray) -> None:
+        """Shrink the basis to the chosen Ritz vectors and go on from the same next vector."""
+        following = self._rows[self.size].clone() if self.size < len(self._rows) else None
+        beta, exhausted = self.beta, self.exhausted
+        self._shrink(pairs, keep)
+        # What couples the kept vectors to the next one comes out of its own projection.
+        self.beta, self.exhausted = beta, exhausted
+        if following is not None:
+            self._rows[self.size] = following
+
+    def restart_fresh(self, pairs: RitzPairs, keep: np.ndarray) -> None:
+        """Shrink the basis to the chosen Ritz vectors and go on in a fresh random direction."""
+        self._shrink(pairs, keep)
+        self.beta, self.exhausted = 0.0, True
+        self._rows[self.size] = self._fresh_direction()
+
+    def _shrink(self, pairs: RitzPairs, keep: np.ndarray) -> None:
+        rotation = torch.from_numpy(np.ascontiguousarray(pairs.coefficients[:, keep]))
+        self._space.rotate(self.basis, rotation.to(self._space.device))
+        self.size = len(keep)
+        self.projection[:] = 0.0
+        self.projection[range(self.size), range(self.size)] = pairs.values[keep]
+
+    def _orthogonalise(self, vector: Tensor) -> tuple[np.ndarray, float]:
+        """Take the basis out of `vector` in place: coefficients, and the norm that is left."""
+        space, basis = self._space, self.basis
+        before = space.norm(vector)
+        coefficients = space.project(basis, vector)
+        space.subtract(vector, basis, coefficients)
+        norm = space.norm(vector)
+        if norm < _CANCELLATION * before:
+            correction = space.project(basis, vector)
+            space.subtract(vector, basis, correction)
+            coefficients += correction
+            first, norm = norm, space.norm(vector)
+            if norm < _CANCELLATION * first:
+                # What the first pass left was its own rounding: the vector lies in the span.
+                norm = 0.0
+        if self._outside is not None:
+            # The product was cleaned before; rounding brings components back.
+            space.subtract(vector, self._outside, space.project(self._outside, vector))
+        return coefficients.cpu().numpy(), norm
+
+    def _fresh_direction(self) -> Tensor:
+        """A random unit vector orthogonal to everything held so far."""
+        space = self._space
+        held = [rows for rows in (self._outside, self.basis) if rows is not None]
+        while True:
+            vector = probes.sphere(space, self._generator)
+            for _ in range(2):
+                for rows in held:
+                    space.subtract(vector, rows, space.project(rows, vector))
+            norm = space.norm(vector)
+            # With few dimensions left a draw may lose all its digits in the projection.
+            if norm > 1e3 * space.eps:
+                vector.div_(norm)
+                for rows in held:
+                    space.subtract(vector, rows, space.project(rows, vector))
+                return vector.div_(space.norm(vector))

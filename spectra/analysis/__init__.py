@@ -1,0 +1,1 @@
+"""What a user runs: one analysis that answers everything, and its directory on disk."""

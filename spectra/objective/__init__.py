@@ -1,0 +1,1 @@
+"""What is differentiated: parameters, losses, and the weighted mean over the data."""

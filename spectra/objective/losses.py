@@ -1,0 +1,226 @@
+"""What is the loss of one batch, and over how many terms does its mean run?
+
+A loss is any function `loss(model, batch) -> scalar tensor`. Two attributes make it exact on batches
+of unequal size: `weight(batch)`, the number of terms its mean runs over, and `reduction`, "mean" or
+"sum". The losses here carry both; for a plain function the weight is the number of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spectra.errors import ArgumentError, ArgumentTypeError, DataError
+
+__all__ = ["CausalLM", "Supervised", "causal_lm", "number_of_samples", "supervised"]
+
+# Label that PyTorch and Hugging Face give to tokens that do not count.
+_IGNORED = -100
+# Criteria whose mean runs over samples (rows of the target), not over entries of the target.
+_PER_SAMPLE = (
+    nn.MultiLabelMarginLoss,
+    nn.MultiLabelSoftMarginLoss,
+    nn.MultiMarginLoss,
+    nn.CosineEmbeddingLoss,
+)
+
+
+def supervised(criterion: Callable[[Tensor, Tensor], Tensor]) -> Supervised:
+    """Loss of `(inputs, targets)` batches: `criterion(model(inputs), targets)`.
+
+    Parameters
+    ----------
+    criterion
+        A loss module such as `torch.nn.CrossEntropyLoss()`, or a function of predictions and
+        targets. The weight of a batch is the number of terms in the criterion's mean: target
+        entries, or for cross-entropy the targets that are not `ignore_index`, counted with their
+        class weights. For a function other than those of `torch.nn.functional` that correspond to
+        such modules with their defaults, it is the number of samples.
+
+    Raises
+    ------
+    ArgumentError
+        The criterion does not reduce to a scalar (`reduction="none"`).
+    """
+    return Supervised(criterion)
+
+
+def causal_lm(ignore_index: int = _IGNORED) -> CausalLM:
+    """Next-token cross-entropy of Hugging Face style batches; every target token counts once.
+
+    Batches are mappings with `input_ids` (B, T), optionally `attention_mask` and `labels` (B, T);
+    without labels the inputs are their own, padding left out. The weight of a batch is the number
+    of target tokens that count. The logits come from the model's `logits`, or from its output if
+    that is a tensor; the loss is computed in their dtype, so that a float64 model has a float64
+    Hessian (Hugging Face's own loss computes in float32).
+    """
+    return CausalLM(ignore_index)
+
+
+class Supervised:
+    """See `supervised`."""
+
+    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+        if not callable(criterion):
+            msg = f"expected a criterion such as nn.CrossEntropyLoss(), got {criterion!r}"
+            raise ArgumentTypeError(msg)
+        if isinstance(criterion, type):
+            msg = f"{criterion.__name__} is a class; pass an instance, {criterion.__name__}()"
+            raise ArgumentTypeError(msg)
+        self.criterion = criterion
+        self.reduction: str = getattr(criterion, "reduction", "mean")
+        if self.reduction not in {"mean", "sum", "batchmean"}:
+            msg = (
+                f"{type(criterion).__name__} has reduction={self.reduction!r}, which gives no "
+                "scalar; use reduction='mean' or 'sum'"
+            )
+            raise ArgumentError(msg)
+        self._per_sample = self.reduction == "batchmean" or isinstance(criterion, _PER_SAMPLE)
+        if self.reduction == "batchmean":
+            self.reduction = "mean"
+
+    def __repr__(self) -> str:
+        name = getattr(self.criterion, "__name__", repr(self.criterion))
+        return f"supervised({name})"
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = self._split(batch)
+        if isinstance(inputs, Mapping):
+            predictions = model(**inputs)
+        elif isinstance(inputs, list | tuple):
+            predictions = model(*inputs)
+        else:
+            predictions = model(inputs)
+        return self.criterion(predictions, targets)
+
+    def weight(self, batch: Any) -> float:
+        """Number of terms in the mean of this batch."""
+        _, targets = self._split(batch)
+        criterion = self.criterion
+        if not isinstance(targets, Tensor):
+            return number_of_samples(batch)
+        if isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
+            return _class_weight(targets, criterion.ignore_index, criterion.weight)
+        if criterion in {functional.cross_entropy, functional.nll_loss}:
+            return _class_weight(targets, _IGNORED, None)
+        if self._per_sample:
+            return float(len(targets)) if targets.dim() else 1.0
+        if isinstance(criterion, nn.Module) or criterion in {
+            functional.mse_loss,
+            functional.l1_loss,
+            functional.smooth_l1_loss,
+            functional.huber_loss,
+            functional.binary_cross_entropy,
+            functional.binary_cross_entropy_with_logits,
+        }:
+            return float(targets.numel())
+        return number_of_samples(batch)
+
+    @staticmethod
+    def _split(batch: Any) -> tuple[Any, Any]:
+        if isinstance(batch, list | tuple) and len(batch) == 2:
+            return batch[0], batch[1]
+        shape = f" of {len(batch)}" if isinstance(batch, Sequence | Mapping) else ""
+        msg = (
+            f"supervised() takes batches (inputs, targets), got a {type(batch).__name__}{shape}; "
+            "for other batches pass your own loss(model, batch)"
+        )
+        raise DataError(msg)
+
+
+class CausalLM:
+    """See `causal_lm`."""
+
+    reduction = "mean"
+
+    def __init__(self, ignore_index: int) -> None:
+        self.ignore_index = ignore_index
+
+    def __repr__(self) -> str:
+        return "causal_lm()"
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        targets = self._targets(batch)
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        # A cache of keys and values would only hold memory: no token is generated here.
+        if hasattr(getattr(model, "config", None), "use_cache"):
+            inputs["use_cache"] = False
+        output = model(**inputs)
+        logits = output if isinstance(output, Tensor) else output.logits
+        return functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]),
+            targets.reshape(-1),
+            ignore_index=self.ignore_index,
+        )
+
+    def weight(self, batch: Any) -> float:
+        """Number of target tokens that count."""
+        return float((self._targets(batch) != self.ignore_index).sum())
+
+    def _targets(self, batch: Any) -> Tensor:
+        """Labels (B, T - 1) of the tokens to predict."""
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            what = f"keys {list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+            msg = (
+                f"causal_lm() takes batches with 'input_ids' (and 'attention_mask', 'labels'), "
+                f"got {what}"
+            )
+            raise DataError(msg)
+        labels = batch.get("labels")
+        if labels is None:
+            labels = batch["input_ids"]
+            mask = batch.get("attention_mask")
+            if mask is not None:
+                labels = labels.masked_fill(mask == 0, self.ignore_index)
+        targets: Tensor = labels[:, 1:]
+        return targets
+
+
+def number_of_samples(batch: Any) -> float:
+    """Length of the first dimension of the first tensor in a batch: the default weight.
+
+    A batch that is None (a loss that brings its own data) has weight 1.
+
+    Raises
+    ------
+    DataError
+        The batch holds no tensor to count samples in.
+    """
+    if batch is None:
+        return 1.0
+    tensor = _first_tensor(batch)
+    if tensor is None:
+        msg = (
+            f"cannot tell how many samples a {type(batch).__name__} holds, because there is no "
+            "tensor in it; pass weight=, a function of the batch"
+        )
+        raise DataError(msg)
+    return float(tensor.shape[0]) if tensor.dim() else 1.0
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, list | tuple):
+        for item in batch:
+            found = _first_tensor(item)
+            if found is not None:
+                return found
+    return None
+
+
+def _class_weight(targets: Tensor, ignore_index: int, class_weights: Tensor | None) -> float:
+    if targets.is_floating_point():
+        # Class probabilities: PyTorch divides by the number of distributions, (N, C, ...) -> N...
+        classes = targets.shape[1] if targets.dim() > 1 else targets.shape[0]
+        return targets.numel() / max(classes, 1)
+    counted = targets[targets != ignore_index]
+    if class_weights is None:
+        return float(counted.numel())
+    return float(class_weights.to(counted.device)[counted].sum(dtype=torch.float64))

@@ -1,0 +1,506 @@
+"""What function of the parameters is analysed: the weighted mean of a loss over the data.
+
+    L(θ) = Σ_b w_b ℓ_b(θ) / Σ_b w_b          (reduction "mean")
+    L(θ) = Σ_b ℓ_b(θ)                        (reduction "sum")
+
+with w_b the number of terms in the mean of batch b, so that neither the sizes of the batches nor a
+further split into microbatches changes L.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spectra.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DataError,
+    LossError,
+    NonFiniteError,
+    SpectraError,
+    StochasticModelError,
+)
+from spectra.objective.losses import number_of_samples
+from spectra.objective.parameters import ParameterSpace, Selection, select_parameters
+
+__all__ = ["FunctionObjective", "ModelObjective", "Objective", "Part"]
+
+_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch, or a microbatch of one, with its weight in the objective."""
+
+    label: str
+    batch: Any
+    weight: float
+
+
+class Objective(Protocol):
+    """A scalar function of `parameters`, as a weighted sum of the losses of its parts."""
+
+    parameters: list[Tensor]
+    space: ParameterSpace
+    model: nn.Module | None
+
+    def parts(self) -> Iterator[Part]:
+        """The parts, in order; their losses enter with `part.weight`."""
+        ...
+
+    def normaliser(self, total_weight: float) -> float:
+        """What the weighted sum over the parts is divided by."""
+        ...
+
+    def loss(self, part: Part) -> Tensor:
+        """The loss of one part, a differentiable scalar."""
+        ...
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Within it losses may be evaluated and differentiated; nothing is left changed."""
+        ...
+
+    def state(self) -> tuple[Any, ...]:
+        """Equal as long as no parameter or buffer was changed since."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Where the objective comes from, for the provenance of results."""
+        ...
+
+
+class FunctionObjective:
+    """A scalar function of tensors, without a model."""
+
+    model = None
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        tensors: Tensor | Sequence[Tensor],
+        dtype: torch.dtype | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        if isinstance(tensors, Tensor):
+            tensors = [tensors]
+        if not callable(function):
+            msg = f"expected a function of the tensors, got a {type(function).__name__}"
+            raise ArgumentTypeError(msg)
+        if not tensors:
+            msg = "no tensors to differentiate by; give at least one"
+            raise ArgumentError(msg)
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                msg = f"tensor {i} is a {type(tensor).__name__}; wrap it in torch.tensor(...)"
+                raise ArgumentTypeError(msg)
+            if not tensor.is_floating_point():
+                msg = f"tensor {i} has dtype {tensor.dtype}; derivatives need a real floating dtype"
+                raise ArgumentTypeError(msg)
+        self._function = function
+        # Fresh leaves on the caller's memory: later in-place changes are seen, and the caller's own
+        # tensors, their grad and their graph stay out of it.
+        self.parameters = [tensor.detach().requires_grad_() for tensor in tensors]
+        names = names or [f"tensor{i}" for i in range(len(tensors))]
+        self.space = ParameterSpace(dict(zip(names, self.parameters, strict=True)), dtype)
+
+    def parts(self) -> Iterator[Part]:
+        """The function as a single part."""
+        yield Part("the function", None, 1.0)
+
+    def normaliser(self, total_weight: float) -> float:  # noqa: ARG002
+        """One: there is a single part."""
+        return 1.0
+
+    def loss(self, part: Part) -> Tensor:
+        """The function's value, checked."""
+        return _checked_loss(lambda: self._function(*self.parameters), part)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Gradients on, the global random state kept."""
+        with _gradients_on(), _random_state_kept():
+            yield
+
+    def state(self) -> tuple[Any, ...]:
+        """Versions of the tensors."""
+        return _versions(self.parameters)
+
+    def describe(self) -> dict[str, Any]:
+        """The function's name."""
+        name = getattr(self._function, "__qualname__", type(self._function).__name__)
+        return {"objective": "function", "function": name}
+
+
+class ModelObjective:
+    """The loss of a model over data, as a function of selected parameters."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Any], Tensor],
+        data: Iterable[Any],
+        params: Selection = None,
+        *,
+        reduction: str | None = None,
+        weight: Callable[[Any], float] | None = None,
+        microbatch: int | None = None,
+        hold_data: bool = False,
+        allow_training_mode: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            msg = (
+                f"expected a torch.nn.Module, got a {type(model).__name__}; for a plain function "
+                "of tensors use HessianOperator.from_function(f, tensors)"
+            )
+            raise ArgumentTypeError(msg)
+        if isinstance(loss, type) or not callable(loss):
+            msg = f"expected a function loss(model, batch) -> scalar, got {loss!r}"
+            raise ArgumentTypeError(msg)
+        if isinstance(loss, nn.modules.loss._Loss):
+            msg = (
+                f"{type(loss).__name__} takes predictions and targets, but a loss here takes the "
+                f"model and a batch; wrap it: spectra.losses.supervised({type(loss).__name__}())"
+            )
+            raise ArgumentTypeError(msg)
+        if microbatch is not None and microbatch < 1:
+            msg = f"microbatch={microbatch}; expected a number of samples of at least 1"
+            raise ArgumentError(msg)
+        self.model: nn.Module = model
+        self.reduction = _reduction(reduction, loss)
+        self._loss = loss
+        self._weight = weight or getattr(loss, "weight", number_of_samples)
+        self._microbatch = microbatch
+        self._data = _reiterable(data, hold_data=hold_data)
+        self._num_batches: int | None = None
+        self._allow_training_mode = allow_training_mode
+        selected = select_parameters(model, params)
+        self.parameters = list(selected.values())
+        self.space = ParameterSpace(selected, dtype)
+        self._check_mode()
+
+    def parts(self) -> Iterator[Part]:
+        """Batches, or the microbatches they are split into, on the model's device."""
+        count = 0
+        for index, batch in enumerate(self._data):
+            count = index + 1
+            label = f"batch {index}"
+            moved = _to_device(batch, self.space.device)
+            for place, piece in enumerate(self._split(moved, label)):
+                name = label if self._microbatch is None else f"{label}, microbatch {place}"
+                weight = self._weight_of(piece, name)
+                # A mean over no terms is nan in PyTorch, and counts for nothing here.
+                if weight > 0:
+                    if self._allow_training_mode:
+                        torch.manual_seed(_dropout_seed(index, place))
+                    yield Part(name, piece, weight)
+        if count == 0:
+            again = "" if self._num_batches is None else f" in this pass, {self._num_batches} before"
+            msg = (
+                f"the data hold no batch{again}. If they are a generator that was used up, pass "
+                "list(data) or a DataLoader, which can be read once per product"
+            )
+            raise DataError(msg)
+        if self._num_batches not in {None, count}:
+            msg = (
+                f"the data held {self._num_batches} batches in the first pass and {count} in this "
+                "one; a Hessian needs the same data in every pass (pass list(data), or "
+                "hold_data=True)"
+            )
+            raise DataError(msg)
+        self._num_batches = count
+
+    def normaliser(self, total_weight: float) -> float:
+        """The total weight for a mean, one for a sum."""
+        if self.reduction == "sum":
+            return 1.0
+        if total_weight <= 0:
+            msg = (
+                "every batch has weight 0: no target counts (all of them ignored or padding); "
+                "check ignore_index, labels and attention_mask"
+            )
+            raise DataError(msg)
+        return total_weight
+
+    def loss(self, part: Part) -> Tensor:
+        """The loss of one part, checked."""
+        return _checked_loss(lambda: self._loss(self.model, part.batch), part)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Exactly the selected parameters require a gradient; everything is put back after."""
+        self._check_mode()
+        with (
+            _gradients_on(),
+            _random_state_kept(),
+            _buffers_kept(self.model),
+            _requiring_grad(self.model, self.parameters),
+        ):
+            yield
+
+    def state(self) -> tuple[Any, ...]:
+        """Versions of all parameters and buffers, and the mode of every module."""
+        modes = tuple(module.training for module in self.model.modules())
+        return _versions([*self.model.parameters(), *self.model.buffers()]), modes
+
+    def describe(self) -> dict[str, Any]:
+        """The model, loss and data by name and size."""
+        return {
+            "objective": "model",
+            "model": type(self.model).__name__,
+            "model_parameters": sum(p.numel() for p in self.model.parameters()),
+            "loss": getattr(self._loss, "__qualname__", repr(self._loss)),
+            "reduction": self.reduction,
+            "batches": self._num_batches,
+            "microbatch": self._microbatch,
+            "training_mode": self._allow_training_mode,
+        }
+
+    def _check_mode(self) -> None:
+        problems = _stochastic_modules(self.model)
+        if not problems:
+            return
+        name, problem, batch_statistics = problems[0]
+        if not self._allow_training_mode:
+            more = f" (and {len(problems) - 1} more such modules)" if len(problems) > 1 else ""
+            msg = (
+                f"module {name!r} {problem}{more}. Call model.eval() first; or pass "
+                "allow_training_mode=True for the Hessian with frozen dropout masks and with the "
+                "statistics of each batch, which then depends on how the data are batched"
+            )
+            raise StochasticModelError(msg)
+        batch_norm = next((n for n, _, statistics in problems if statistics), None)
+        if self._microbatch is not None and batch_norm is not None:
+            msg = (
+                f"module {batch_norm!r} computes statistics over the batch, so microbatches would "
+                "change the objective; use model.eval() or leave microbatch out"
+            )
+            raise ArgumentError(msg)
+
+    def _weight_of(self, batch: Any, label: str) -> float:
+        if self.reduction == "sum":
+            return 1.0
+        weight = float(self._weight(batch))
+        if not (math.isfinite(weight) and weight >= 0):
+            msg = f"the weight of {label} is {weight}; expected a finite number of terms >= 0"
+            raise DataError(msg)
+        return weight
+
+    def _split(self, batch: Any, label: str) -> Iterator[Any]:
+        size = self._microbatch
+        if size is None:
+            yield batch
+            return
+        samples = _leading_dimension(batch, label)
+        for start in range(0, samples, size):
+            yield _map_tensors(batch, lambda t, s=start: t[s : s + size])
+
+
+def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
+    try:
+        value = evaluate()
+    except (SpectraError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        msg = f"the loss raised {type(error).__name__} on {part.label}: {error}"
+        raise LossError(msg) from error
+    if not isinstance(value, Tensor):
+        msg = (
+            f"the loss of {part.label} is a {type(value).__name__}, not a tensor; leave out "
+            ".item() or float(), which cut it off from the parameters"
+        )
+        raise LossError(msg)
+    if value.numel() != 1:
+        msg = (
+            f"the loss of {part.label} has shape {tuple(value.shape)}, expected a scalar; reduce "
+            "it with .mean() or .sum()"
+        )
+        raise LossError(msg)
+    if not value.is_floating_point():
+        msg = f"the loss of {part.label} has dtype {value.dtype}, expected a real floating dtype"
+        raise LossError(msg)
+    if not bool(torch.isfinite(value)):
+        msg = (
+            f"the loss of {part.label} is {float(value.detach())}. Look for nan in the weights or "
+            "the batch, log(0), or an overflow in half precision"
+        )
+        raise NonFiniteError(msg)
+    return value.reshape(())
+
+
+def _reduction(asked: str | None, loss: Any) -> str:
+    own: str | None = getattr(loss, "reduction", None)
+    if asked not in {None, "mean", "sum"}:
+        msg = f"reduction={asked!r}; expected 'mean' or 'sum'"
+        raise ArgumentError(msg)
+    if asked is not None and own in {"mean", "sum"} and asked != own:
+        msg = (
+            f"reduction={asked!r}, but the loss reduces each batch by {own!r}; give the criterion "
+            f"reduction={asked!r}, or leave reduction out"
+        )
+        raise ArgumentError(msg)
+    return asked or own or "mean"
+
+
+def _reiterable(data: Any, *, hold_data: bool) -> Iterable[Any]:
+    if isinstance(data, Tensor | str | Mapping) or not isinstance(data, Iterable):
+        msg = (
+            f"data is a {type(data).__name__}, expected an iterable of batches; for a single "
+            "batch pass a list of one, [batch]"
+        )
+        raise ArgumentTypeError(msg)
+    if hold_data:
+        return list(data)
+    if iter(data) is data:
+        msg = (
+            f"data is a {type(data).__name__}, which can be read only once, but every product "
+            "reads the data again; pass list(data) or a DataLoader, or hold_data=True to keep the "
+            "batches in memory"
+        )
+        raise DataError(msg)
+    return data
+
+
+def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with `change` applied to every tensor in it."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_map_tensors(item, change) for item in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_map_tensors(item, change) for item in batch)
+    if isinstance(batch, Mapping):
+        return {key: _map_tensors(value, change) for key, value in batch.items()}
+    return batch
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    return _map_tensors(batch, lambda tensor: tensor.to(device))
+
+
+def _leading_dimension(batch: Any, label: str) -> int:
+    sizes: set[int] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.add(tensor.shape[0] if tensor.dim() else -1)
+        return tensor
+
+    _map_tensors(batch, note)
+    if len(sizes) != 1 or -1 in sizes:
+        msg = (
+            f"{label} cannot be split into microbatches: its tensors have first dimensions "
+            f"{sorted(sizes)}, expected one number of samples"
+        )
+        raise DataError(msg)
+    return sizes.pop()
+
+
+def _dropout_seed(index: int, place: int) -> int:
+    """One fixed seed for every part, so that dropout draws the same mask in every product."""
+    return int(np.random.SeedSequence((index, place)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _stochastic_modules(model: nn.Module) -> list[tuple[str, str, bool]]:
+    """Modules in a mode that makes the loss random or batch-dependent: name, why, statistics?"""
+    found: list[tuple[str, str, bool]] = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, _BATCH_NORMS):
+            if module.training:
+                found.append((name, f"({kind}) is in training mode: batch statistics", True))
+            elif module.running_mean is None:
+                found.append((name, f"({kind}) keeps no running statistics: batch statistics", True))
+        elif not module.training:
+            continue
+        elif (rate := _drop_rate(module)) > 0:
+            found.append((name, f"({kind}) is in training mode: it drops at random, p={rate}", False))
+        elif isinstance(module, nn.RReLU):
+            found.append((name, f"({kind}) is in training mode: random slopes", False))
+        elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+            found.append((name, f"({kind}) is in training mode: it changes its statistics", False))
+    return found
+
+
+def _drop_rate(module: nn.Module) -> float:
+    if isinstance(module, _DROPOUTS):
+        return float(module.p)
+    if isinstance(module, nn.RNNBase):
+        return float(module.dropout) if module.num_layers > 1 else 0.0
+    if isinstance(module, nn.MultiheadAttention):
+        return float(module.dropout)
+    # Stochastic depth and its kin exist under many names; what they share is these attributes.
+    if "drop" in type(module).__name__.lower():
+        for attribute in ("p", "drop_prob", "drop_rate"):
+            rate = getattr(module, attribute, None)
+            if isinstance(rate, int | float):
+                return float(rate)
+    return 0.0
+
+
+def _versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((tensor._version, tensor.data_ptr()) for tensor in tensors)
+
+
+@contextlib.contextmanager
+def _gradients_on() -> Iterator[None]:
+    # Callers may sit in no_grad or inference_mode: validation loops do.
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Put the global random state back: shuffling loaders and dropout draw from it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put buffers back as they were (running statistics, counters), replaced ones included."""
+    kept = [
+        (module, name, buffer, buffer._version, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, version, copy in kept:
+                if buffer._version != version:
+                    buffer.copy_(copy)
+                module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def _requiring_grad(model: nn.Module, chosen: list[Tensor]) -> Iterator[None]:
+    """Let exactly the chosen parameters require a gradient: no graph is kept for the others."""
+    wanted = {id(parameter) for parameter in chosen}
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, required in before:
+            if required != (id(parameter) in wanted):
+                parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, required in before:
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)

@@ -1,0 +1,1 @@
+"""Symmetric operators: torch inside, SciPy's LinearOperator outside."""

@@ -1,0 +1,331 @@
+"""What is an operator? Something symmetric that multiplies vectors: torch inside, SciPy outside.
+
+Every algorithm sees only a `SymmetricOperator`: its shape, its vector space and its products. The
+border between NumPy and torch is in this file and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from spectra.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    NonFiniteError,
+    NotSymmetricError,
+)
+from spectra.objective.vectors import VectorSpace
+
+__all__ = ["MatrixOperator", "SymmetricOperator", "as_operator"]
+
+_NUMPY_DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+
+
+class SymmetricOperator(LinearOperator):  # type: ignore[misc]
+    """A real symmetric linear operator on a `VectorSpace`.
+
+    Subclasses implement `_products`. NumPy arrays go in and come out through SciPy's contract
+    (`H @ x`, `matvec`, `matmat`); torch tensors through `H @ v` or `apply`.
+
+    Attributes
+    ----------
+    shape
+        (n, n).
+    dtype
+        NumPy dtype of the vectors, float32 or float64.
+    space
+        The vector space: torch dtype, device, inner product.
+    matvecs
+        Products computed so far; a block of k vectors counts k.
+    """
+
+    space: VectorSpace
+    # Whether eigenvectors of this operator are handed back as NumPy arrays.
+    _numpy = False
+
+    def __init__(self, space: VectorSpace) -> None:
+        self.space = space
+        self.matvecs = 0
+        super().__init__(_NUMPY_DTYPES[space.dtype], (space.n, space.n))
+
+    def _products(self, rows: Tensor) -> Tensor:
+        """The operator applied to each row of a (k, n) tensor, as rows."""
+        raise NotImplementedError
+
+    def _culprit(self) -> str:
+        """Where a non-finite product comes from, as a clause; called only on failure."""
+        return "the matrix or the vector is at fault"
+
+    def describe(self) -> dict[str, Any]:
+        """What the operator is, for the provenance of results."""
+        return {
+            "operator": type(self).__name__,
+            "n": self.space.n,
+            "dtype": str(self.space.dtype).removeprefix("torch."),
+            "device": str(self.space.device),
+        }
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """Products with torch tensors.
+
+        Parameters
+        ----------
+        vectors
+            One vector (n,) or k of them as columns (n, k), of the operator's dtype and on its
+            device.
+
+        Returns
+        -------
+        Tensor
+            Of the same shape. Costs k matvecs.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            Wrong shape, dtype or device.
+        NonFiniteError
+            The vectors or the products hold nan or inf.
+        """
+        self._check_tensor(vectors)
+        rows = vectors.unsqueeze(0) if vectors.dim() == 1 else vectors.T
+        products = self._checked_products(rows.contiguous())
+        return products[0] if vectors.dim() == 1 else products.T
+
+    def to_dense(self, limit: int = 20_000) -> Tensor:
+        """The full matrix (n, n), by n products: for verification of small cases only.
+
+        The products stand in the columns as they came; the matrix is not made symmetric by force.
+
+        Raises
+        ------
+        ArgumentError
+            n is larger than `limit`.
+        """
+        n = self.space.n
+        if n > limit:
+            size = n * n * self.dtype.itemsize / 2**30
+            msg = (
+                f"the dense matrix is {n:,} x {n:,} ({size:,.1f} GiB), above limit={limit:,}; use "
+                "eigsh, trace or spectral_density, which need no matrix, or a block of it"
+            )
+            raise ArgumentError(msg)
+        columns = self.space.empty(n)
+        chunk = max(1, min(n, (1 << 24) // max(n, 1)))
+        for start in range(0, n, chunk):
+            stop = min(start + chunk, n)
+            units = self.space.zeros(stop - start)
+            units[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+            columns[start:stop] = self._checked_products(units)
+        return columns.T
+
+    # --- SciPy's contract --------------------------------------------------------------------
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, Tensor):
+            return self.apply(other)
+        return super().__matmul__(other)
+
+    def __repr__(self) -> str:
+        n = self.space.n
+        return f"<{n:,} x {n:,} {type(self).__name__}, {self.dtype}, {self.space.device}>"
+
+    def matvec(self, x: Any) -> Any:
+        """Product with one NumPy vector (n,) or column (n, 1), in the shape that came."""
+        x = np.asarray(x)
+        n = self.space.n
+        if x.shape not in {(n,), (n, 1)}:
+            msg = f"expected a vector of shape ({n},), got {x.shape}"
+            raise ArgumentError(msg)
+        return self._matvec(x).reshape(x.shape)
+
+    def matmat(self, X: Any) -> Any:  # noqa: N803 - SciPy's name
+        """Products with the columns of a NumPy array (n, k), as columns."""
+        X = np.asarray(X)  # noqa: N806
+        n = self.space.n
+        if X.ndim != 2 or X.shape[0] != n:
+            msg = f"expected an array of shape ({n}, k), got {X.shape}"
+            raise ArgumentError(msg)
+        return self._matmat(X)
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._matmat(np.asarray(x).reshape(-1, 1)).reshape(-1)
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:  # noqa: N803
+        rows = self.from_numpy(X.T)
+        products: np.ndarray = self._checked_products(rows).cpu().numpy().T
+        return products
+
+    def _adjoint(self) -> SymmetricOperator:
+        return self
+
+    def _transpose(self) -> SymmetricOperator:
+        return self
+
+    def from_numpy(self, array: Any) -> Tensor:
+        """A NumPy array as a contiguous tensor of the operator's dtype, on its device."""
+        array = np.asarray(array)
+        if array.dtype.kind not in "fiu":
+            msg = f"expected real numbers, got an array of dtype {array.dtype}"
+            raise ArgumentTypeError(msg)
+        array = np.ascontiguousarray(array, dtype=self.dtype)
+        if not array.flags.writeable:
+            array = array.copy()
+        return torch.from_numpy(array).to(self.space.device)
+
+    def native(self, tensor: Tensor) -> Any:
+        """A tensor in the kind of array that the operator was made from."""
+        return tensor.cpu().numpy() if self._numpy else tensor
+
+    # --- checks ------------------------------------------------------------------------------
+
+    def _check_tensor(self, vectors: Tensor) -> None:
+        space = self.space
+        if not isinstance(vectors, Tensor):
+            msg = f"apply() takes torch tensors, got a {type(vectors).__name__}; use H @ x"
+            raise ArgumentTypeError(msg)
+        if vectors.dim() not in {1, 2} or vectors.shape[0] != space.n:
+            msg = (
+                f"expected a vector of shape ({space.n},) or columns of shape ({space.n}, k), got "
+                f"{tuple(vectors.shape)}"
+            )
+            raise ArgumentError(msg)
+        if vectors.dtype != space.dtype:
+            msg = (
+                f"expected {space.dtype}, got {vectors.dtype}; convert with v.to({space.dtype}), or "
+                f"make the operator with dtype={vectors.dtype}"
+            )
+            raise ArgumentTypeError(msg)
+        if vectors.device != space.device:
+            msg = f"the operator is on {space.device}, the vector on {vectors.device}; move it"
+            raise ArgumentError(msg)
+
+    def _checked_products(self, rows: Tensor) -> Tensor:
+        products = self._products(rows)
+        self.matvecs += len(rows)
+        bad = int((~torch.isfinite(products)).sum())
+        if bad:
+            if not bool(torch.isfinite(rows).all()):
+                msg = "the vector to multiply holds nan or inf"
+                raise NonFiniteError(msg)
+            msg = (
+                f"matvec {self.matvecs} returned {bad} non-finite of {products.numel()} entries; "
+                f"{self._culprit()}"
+            )
+            raise NonFiniteError(msg)
+        return products
+
+
+class MatrixOperator(SymmetricOperator):
+    """A dense symmetric matrix as an operator."""
+
+    def __init__(self, matrix: Tensor, *, numpy: bool = False) -> None:
+        self.matrix = matrix
+        self._numpy = numpy
+        super().__init__(VectorSpace(len(matrix), matrix.dtype, matrix.device))
+
+    def _products(self, rows: Tensor) -> Tensor:
+        # Symmetric, so that rows times the matrix are the products in rows.
+        return rows @ self.matrix
+
+
+class ForeignOperator(SymmetricOperator):
+    """A LinearOperator or sparse matrix of SciPy's as an operator; symmetry is taken on trust."""
+
+    _numpy = True
+
+    def __init__(self, operator: Any) -> None:
+        self.operator = operator
+        single = operator.dtype == np.float32
+        super().__init__(
+            VectorSpace(operator.shape[0], torch.float32 if single else torch.float64)
+        )
+
+    def _products(self, rows: Tensor) -> Tensor:
+        products = self.operator @ rows.numpy().T
+        return torch.from_numpy(np.ascontiguousarray(np.asarray(products).T, dtype=self.dtype))
+
+    def _culprit(self) -> str:
+        return f"the {type(self.operator).__name__} given to spectra returned it"
+
+
+def as_operator(matrix: Any) -> SymmetricOperator:
+    """An operator from whatever is symmetric, so that every algorithm takes plain matrices too.
+
+    Parameters
+    ----------
+    matrix
+        A spectra operator (returned as it is), a torch tensor or NumPy array (n, n), a SciPy sparse
+        matrix or LinearOperator. float32 stays float32, everything else becomes float64. For a
+        LinearOperator the symmetry cannot be read off and is taken on trust.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        Not square, complex, empty, or no matrix at all.
+    NonFiniteError
+        The matrix holds nan or inf.
+    NotSymmetricError
+        The matrix is not symmetric to rounding.
+    """
+    if isinstance(matrix, SymmetricOperator):
+        return matrix
+    shape = getattr(matrix, "shape", None)
+    if shape is None:
+        msg = (
+            f"expected an operator, a matrix or a SciPy LinearOperator, got a "
+            f"{type(matrix).__name__}"
+        )
+        raise ArgumentTypeError(msg)
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        msg = f"expected a square matrix, got shape {tuple(shape)}"
+        raise ArgumentError(msg)
+    if isinstance(matrix, Tensor):
+        if matrix.dtype.is_complex:
+            msg = f"the matrix is complex ({matrix.dtype}); spectra takes real symmetric ones"
+            raise ArgumentTypeError(msg)
+        dense = matrix.detach()
+        dense = dense if dense.dtype in _NUMPY_DTYPES else dense.double()
+        _check_matrix(dense)
+        return MatrixOperator(dense)
+    dtype = np.dtype(getattr(matrix, "dtype", None) or np.float64)
+    if dtype.kind not in "fiub":
+        msg = f"the matrix has dtype {dtype}; spectra takes real symmetric ones"
+        raise ArgumentTypeError(msg)
+    if isinstance(matrix, LinearOperator):
+        return ForeignOperator(matrix)
+    if scipy.sparse.issparse(matrix):
+        largest = abs(matrix).max()
+        if not np.isfinite(largest):
+            msg = "the sparse matrix holds nan or inf"
+            raise NonFiniteError(msg)
+        _check_symmetry(float(abs(matrix - matrix.T).max()), float(largest), dtype)
+        return ForeignOperator(matrix)
+    array = np.asarray(matrix, dtype=dtype if dtype == np.float32 else np.float64)
+    dense = torch.from_numpy(np.array(array, copy=True))
+    _check_matrix(dense)
+    return MatrixOperator(dense, numpy=True)
+
+
+def _check_matrix(matrix: Tensor) -> None:
+    if not bool(torch.isfinite(matrix).all()):
+        msg = "the matrix holds nan or inf"
+        raise NonFiniteError(msg)
+    defect = float((matrix - matrix.T).abs().max())
+    _check_symmetry(defect, float(matrix.abs().max()), _NUMPY_DTYPES[matrix.dtype])
+
+
+def _check_symmetry(defect: float, largest: float, dtype: np.dtype) -> None:
+    # Rounding in whatever produced the matrix is welcome; anything that moves an eigenvalue is not.
+    rounding = np.finfo(dtype if dtype.kind == "f" else np.float64).eps ** 0.75
+    if defect > rounding * largest:
+        msg = (
+            f"the matrix is not symmetric: |A - A^T| reaches {defect:.3g} where |A| reaches "
+            f"{largest:.3g}. If the difference is rounding, pass (A + A.T) / 2"
+        )
+        raise NotSymmetricError(msg)

@@ -1,0 +1,221 @@
+"""The Hessian of a loss over data, or of any function, as an operator."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectra.errors import ParameterSelectionError, SpectraError
+from spectra.objective.objective import FunctionObjective, ModelObjective, Objective
+from spectra.objective.parameters import ParameterSpace, Selection
+from spectra.operators.base import SymmetricOperator
+from spectra.oracle.hvp import Graph, HvpOracle
+
+__all__ = ["HessianOperator"]
+
+
+class HessianOperator(SymmetricOperator):
+    """The Hessian of L(θ), the weighted mean of a loss over data, at the model's present weights.
+
+    Products are exact to rounding: the loss is differentiated twice, nothing is stored. One matvec
+    reads all the data once and costs three gradients (two with `graph="retained"`).
+
+    Parameters
+    ----------
+    model
+        Any module. It is left as it was found: mode, `.grad`, `requires_grad`, buffers.
+    loss
+        `loss(model, batch) -> scalar`, the mean over the terms of a batch (or their sum, see
+        `reduction`). See `spectra.losses` for ready ones.
+    data
+        Re-iterable batches: a list, a DataLoader. A batch is a tensor or tuples, lists and dicts of
+        tensors; tensors are moved to the model's device.
+    params
+        Which parameters: None (all that require a gradient), a glob over names or several, or a
+        function `(name, parameter) -> bool`. The others are held fixed.
+    reduction
+        "mean": L = Σ w_b ℓ_b / Σ w_b. "sum": L = Σ ℓ_b, for a loss that sums over its batch. The
+        default is the loss's own (`supervised` reads it off the criterion), else "mean".
+    weight
+        Number of terms in the mean of a batch, as a function of the batch. The default is the
+        loss's own, else the number of samples (length of the batch's first tensor).
+    graph
+        "fresh": memory of one batch's graph. "retained": a third faster and memory of all batches.
+    microbatch
+        Split batches into this many samples to bound memory. Does not change the Hessian.
+    hold_data
+        Read `data` once and keep its batches in memory; takes a generator.
+    allow_training_mode
+        Accept dropout and batch norm in training mode. Dropout masks are then frozen, one per
+        batch, and the Hessian depends on how the data are batched.
+    dtype
+        Of the vectors: torch.float32 or torch.float64. The default is float64 if a selected
+        parameter is float64, else float32.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError, ParameterSelectionError
+        What was passed cannot be analysed.
+    StochasticModelError
+        Dropout or batch norm is in training mode.
+    DataError
+        The data can be read only once.
+    DoubleBackwardError
+        A module's second derivative is known to be wrong.
+
+    References
+    ----------
+    Pearlmutter, 1994, "Fast exact multiplication by the Hessian".
+    """
+
+    space: ParameterSpace
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Any], Tensor],
+        data: Iterable[Any],
+        params: Selection = None,
+        *,
+        reduction: str | None = None,
+        weight: Callable[[Any], float] | None = None,
+        graph: Graph = "fresh",
+        microbatch: int | None = None,
+        hold_data: bool = False,
+        allow_training_mode: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        def restricted_to(selection: Selection) -> Objective:
+            return ModelObjective(
+                model,
+                loss,
+                batches,
+                selection,
+                reduction=reduction,
+                weight=weight,
+                microbatch=microbatch,
+                allow_training_mode=allow_training_mode,
+                dtype=dtype,
+            )
+
+        batches = list(data) if hold_data else data
+        self._set_up(restricted_to(params), graph, restricted_to)
+
+    @classmethod
+    def from_function(
+        cls,
+        f: Callable[..., Tensor],
+        tensors: Tensor | Sequence[Tensor],
+        *,
+        graph: Graph = "fresh",
+        dtype: torch.dtype | None = None,
+    ) -> HessianOperator:
+        """The Hessian of any scalar function `f(*tensors)`, by all the tensors together.
+
+        The tensors are the point at which to differentiate, taken in order as one flat vector and
+        named `tensor0`, `tensor1`, …; they need not require a gradient.
+
+        >>> import torch, spectra
+        >>> f = lambda x, y: x**2 + 2*x*y + 3*y**2 + 4*x + 5*y + 6
+        >>> H = spectra.HessianOperator.from_function(f, [torch.tensor(1.0), torch.tensor(2.0)])
+        >>> H.to_dense()
+        tensor([[2., 2.],
+                [2., 6.]])
+        """
+        points = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        names = [f"tensor{i}" for i in range(len(points))]
+
+        def restricted_to(selection: Selection) -> Objective:
+            assert callable(selection)
+            free = [i for i, name in enumerate(names) if selection(name, points[i])]
+
+            def partial(*values: Tensor) -> Tensor:
+                arguments = list(points)
+                for i, value in zip(free, values, strict=True):
+                    arguments[i] = value
+                return f(*arguments)
+
+            chosen = [points[i] for i in free]
+            return FunctionObjective(partial, chosen, dtype, [names[i] for i in free])
+
+        operator = cls.__new__(cls)
+        operator._set_up(FunctionObjective(f, points, dtype), graph, restricted_to)
+        return operator
+
+    def _set_up(
+        self, objective: Objective, graph: Graph, restricted_to: Callable[[Selection], Objective]
+    ) -> None:
+        self.objective = objective
+        self._oracle = HvpOracle(objective, graph)
+        self._restricted_to = restricted_to
+        super().__init__(objective.space)
+
+    def value(self) -> float:
+        """L(θ). Costs a third of a gradient."""
+        return self._oracle.value()
+
+    def gradient(self) -> Tensor:
+        """The gradient of L, flat (n,), in the same weighting. Costs one gradient."""
+        return self._oracle.value_and_gradient()[1]
+
+    def value_and_gradient(self) -> tuple[float, Tensor]:
+        """L and its gradient in one pass over the data. Costs one gradient."""
+        return self._oracle.value_and_gradient()
+
+    def block(self, params: Selection) -> HessianOperator:
+        """The principal submatrix of the parameters that `params` selects among the present ones.
+
+        It is an operator of its own; its products are cheaper where the graph to them is shorter.
+        """
+        names = self.space.names
+        if isinstance(params, str):
+            params = [params]
+        if params is None or callable(params):
+            chosen = params
+        else:
+            globs = list(params)
+            chosen = lambda name, _: any(fnmatch.fnmatchcase(name, g) for g in globs)  # noqa: E731
+        tensors = dict(zip(names, self.objective.parameters, strict=True))
+        kept = {n for n, t in tensors.items() if chosen is None or chosen(n, t)}
+        if not kept:
+            msg = f"the block {params!r} selects none of the {len(names)} parameters, such as {names[0]!r}"
+            raise ParameterSelectionError(msg)
+        operator = type(self).__new__(type(self))
+        operator._set_up(
+            self._restricted_to(lambda name, _: name in kept),
+            self._oracle.graph,
+            lambda selection: self._restricted_to(selection),
+        )
+        return operator
+
+    def release(self) -> None:
+        """Free the graphs that `graph="retained"` keeps; the next product builds them again."""
+        self._oracle.release()
+
+    def describe(self) -> dict[str, Any]:
+        """What the operator is, for the provenance of results."""
+        return {
+            **super().describe(),
+            **self.objective.describe(),
+            "graph": self._oracle.graph,
+            "parameters": len(self.space.names),
+        }
+
+    def _products(self, rows: Tensor) -> Tensor:
+        return self._oracle.products(rows)
+
+    def _culprit(self) -> str:
+        try:
+            label = self._oracle.find_non_finite()
+        except SpectraError as error:
+            return str(error)
+        if label is not None:
+            return f"the gradient of {label} is already not finite"
+        return (
+            "loss and gradient are finite, so the second derivative is singular here (sqrt or norm "
+            "at 0, a power below 2) or overflows in half precision; use float64 or smooth the loss"
+        )

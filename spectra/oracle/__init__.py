@@ -1,0 +1,1 @@
+"""The double backward: the only place where anything is differentiated twice."""

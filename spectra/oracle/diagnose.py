@@ -1,0 +1,189 @@
+"""Which operation cannot be differentiated twice, and which module does it belong to?
+
+Some operations raise in the second backward, some are silently pruned from it, and some have a
+second derivative that PyTorch gets wrong. The autograd graph of the gradient names them all before
+any product is computed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectra.errors import DoubleBackwardError
+
+__all__ = ["explain_failure", "refuse_bad_nodes", "refuse_bad_modules"]
+
+# Graph nodes that make a second derivative fail, vanish or be wrong: (name, what is the matter).
+# Each entry was seen to do so with torch 2.13 (gradgradcheck, or comparison with a dense Hessian).
+_BAD_NODES = (
+    ("NotImplemented", "has no second derivative in PyTorch"),
+    ("torch::autograd::Error", "is a function marked once_differentiable"),
+    ("WeightNormInterface", "is weight_norm, whose second derivative PyTorch gets wrong for dim 0 and 1"),
+    (
+        "CheckpointFunctionBackward",
+        "is reentrant activation checkpointing, which loses the gradient of its parameters",
+    ),
+)
+_REMEDIES = (
+    ("WeightNorm", "use weight_norm with dim=None, or compute g * v / v.norm() yourself"),
+    ("weight_norm", "use weight_norm with dim=None, or compute g * v / v.norm() yourself"),
+    ("heckpoint", "use checkpointing with use_reentrant=False, or switch it off"),
+    ("once_differentiable", "remove the decorator and make the backward differentiable"),
+    ("scaled_dot_product", "use an attention implementation of elementary operations ('eager')"),
+    ("cudnn_rnn", "wrap the loss in torch.backends.cudnn.flags(enabled=False)"),
+    ("torch.compile", "pass the model before compilation (model._orig_mod)"),
+    ("aot_autograd", "pass the model before compilation (model._orig_mod)"),
+)
+_DEFAULT_REMEDY = (
+    "replace the operation by differentiable ones, or leave its parameters out with params="
+)
+
+
+def refuse_bad_modules(model: nn.Module | None) -> None:
+    """Refuse modules whose second derivative is silently wrong and that leave no trace in a graph.
+
+    Raises
+    ------
+    DoubleBackwardError
+    """
+    if model is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            msg = (
+                f"module {name!r} (Embedding with max_norm) rescales its weights in place during "
+                "the forward pass, so products would be wrong; rescale once and set "
+                "max_norm = None"
+            )
+            raise DoubleBackwardError(msg)
+
+
+def refuse_bad_nodes(
+    loss: Tensor, gradients: Iterable[Tensor | None], locate: Callable[[], str]
+) -> None:
+    """Refuse a gradient whose graph holds an operation without a right second derivative.
+
+    Parameters
+    ----------
+    loss, gradients
+        The loss and its gradients, computed with `create_graph=True`.
+    locate
+        Called only on failure: which module the operation belongs to.
+
+    Raises
+    ------
+    DoubleBackwardError
+    """
+    for node in _nodes([loss, *(g for g in gradients if g is not None)]):
+        name = node.name()
+        for bad, reason in _BAD_NODES:
+            if bad in name:
+                raise DoubleBackwardError(_message(locate(), f"({name}) {reason}", name + reason))
+
+
+def explain_failure(error: Exception, locate: Callable[[], str]) -> DoubleBackwardError:
+    """The exception to raise in place of PyTorch's own, with the module and the remedy."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return DoubleBackwardError(_message(locate(), f"cannot be differentiated twice: {text}", text))
+
+
+def locate_culprit(model: nn.Module | None, evaluate: Callable[[], Tensor]) -> str:
+    """Name the innermost module that cannot be differentiated twice on its own.
+
+    Each module is run again by itself on the inputs it gets in `evaluate()`.
+    """
+    if model is None:
+        return "an operation of the function"
+    calls: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+    handles = [
+        module.register_forward_hook(
+            # The output hook comes after the children's, so inner modules stand first in the list.
+            lambda module, args, kwargs, _output, name=name: calls.append(
+                (name, module, args, kwargs)
+            ),
+            with_kwargs=True,
+        )
+        for name, module in model.named_modules()
+    ]
+    try:
+        evaluate()
+    except Exception:  # noqa: BLE001, S110 - the original error is what will be reported
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, module, args, kwargs in calls:
+        if not _twice_differentiable(module, args, kwargs):
+            return f"module {name!r} ({type(module).__name__})" if name else "the model itself"
+    return "an operation of the loss function"
+
+
+def _twice_differentiable(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    inputs: list[Tensor] = []
+
+    def detached(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            leaf = value.detach()
+            if leaf.is_floating_point():
+                leaf.requires_grad_()
+                inputs.append(leaf)
+            return leaf
+        if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+            return type(value)(detached(item) for item in value)
+        return value
+
+    try:
+        output = module(
+            *(detached(value) for value in args),
+            **{key: detached(value) for key, value in kwargs.items()},
+        )
+        outputs = [t for t in _tensors(output) if t.requires_grad]
+        sources = inputs + [p for p in module.parameters() if p.requires_grad]
+        if not outputs or not sources:
+            return True
+        # A quadratic readout, so that no second derivative vanishes for want of curvature.
+        readout = torch.stack([(t.double() ** 2).sum() for t in outputs]).sum()
+        first = torch.autograd.grad(readout, sources, create_graph=True, allow_unused=True)
+        refuse_bad_nodes(readout, first, lambda: "")
+        live = [g for g in first if g is not None and g.requires_grad]
+        if live:
+            torch.autograd.grad([(g.double() ** 2).sum() for g in live], sources, allow_unused=True)
+    except (RuntimeError, DoubleBackwardError):
+        return False
+    return True
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """All nodes of the autograd graph behind some tensors, each once."""
+    stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+
+
+def _message(where: str, what: str, evidence: str) -> str:
+    remedy = next((fix for sign, fix in _REMEDIES if sign in evidence), _DEFAULT_REMEDY)
+    return re.sub(r"\s+", " ", f"{where} {what}. Fix: {remedy}")

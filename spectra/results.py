@@ -1,0 +1,214 @@
+"""What every answer shares: where it came from, saving, loading and plotting.
+
+A result is a frozen dataclass. Its fields are numbers, strings, tuples, dictionaries of such,
+NumPy arrays, torch tensors or other results; `save` writes the arrays to safetensors and the rest to
+JSON, and `load` gives the same result back. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+import scipy
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from spectra.errors import ArgumentError, StorageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["FORMAT_VERSION", "Result", "load", "versions"]
+
+FORMAT_VERSION = 1
+_ResultType = TypeVar("_ResultType", bound="Result")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a number may depend on."""
+    from spectra import __version__
+
+    return {
+        "spectra": __version__,
+        "torch": torch.__version__,
+        "scipy": scipy.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """Base of all results.
+
+    Attributes
+    ----------
+    provenance
+        Where the numbers came from: the operator's description, seed, options, versions.
+    """
+
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict, kw_only=True, repr=False)
+
+    _kinds: ClassVar[dict[str, type[Result]]] = {}
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        Result._kinds[cls.__name__] = cls
+
+    def save(self, path: str | Path) -> Path:
+        """Write `path.json` and, where the result holds arrays, `path.safetensors`.
+
+        Returns the path of the JSON file. An existing result of that name is replaced.
+
+        Raises
+        ------
+        StorageError
+            The files cannot be written, or a field cannot be expressed in JSON.
+        """
+        stem = _stem(path)
+        arrays: dict[str, torch.Tensor] = {}
+        document = {
+            "format": FORMAT_VERSION,
+            "versions": versions(),
+            "result": _encode(self, "", arrays),
+        }
+        try:
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            # Arrays first: a reader never finds a JSON file whose arrays are not there yet.
+            if arrays:
+                save_file(arrays, _with(stem, ".safetensors"))
+            text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+            _with(stem, ".json").write_text(text + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            msg = f"could not write the result to {str(stem)!r}: {error}"
+            raise StorageError(msg) from error
+        return _with(stem, ".json")
+
+    def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
+        """Draw the result on `ax` (a new figure by default) and return the Axes.
+
+        The options are those of the function of this result's kind in `spectra.report.plots`.
+        """
+        # By name, at the time of use: figures stand above results, and matplotlib loads slowly.
+        plots = importlib.import_module("spectra.report.plots")
+        axes: Axes = plots.plot(self, ax=ax, **options)
+        return axes
+
+
+def load(path: str | Path) -> Result:
+    """Read a result that `Result.save` wrote.
+
+    Arrays come back as they were saved, tensors on the CPU.
+
+    Raises
+    ------
+    StorageError
+        The files are missing, damaged, from a newer format, or no result of spectra.
+    """
+    stem = _stem(path)
+    document_path, arrays_path = _with(stem, ".json"), _with(stem, ".safetensors")
+    try:
+        document = json.loads(document_path.read_text(encoding="utf-8"))
+        arrays = load_file(arrays_path) if arrays_path.exists() else {}
+    except FileNotFoundError as error:
+        msg = f"no result at {str(document_path)!r}; give the path that was passed to save()"
+        raise StorageError(msg) from error
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
+        msg = f"the result at {str(stem)!r} is damaged or not one of spectra's: {error}"
+        raise StorageError(msg) from error
+    if not isinstance(document, dict) or "result" not in document:
+        msg = f"{str(document_path)!r} is JSON but holds no result of spectra"
+        raise StorageError(msg)
+    found = document.get("format")
+    if found != FORMAT_VERSION:
+        msg = (
+            f"{str(document_path)!r} has format {found!r}, this version of spectra reads "
+            f"format {FORMAT_VERSION}; update spectra"
+        )
+        raise StorageError(msg)
+    try:
+        result = _decode(document["result"], arrays)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        msg = f"the result at {str(stem)!r} is damaged: {type(error).__name__}: {error}"
+        raise StorageError(msg) from error
+    if not isinstance(result, Result):
+        msg = f"{str(document_path)!r} is JSON but holds no result of spectra"
+        raise StorageError(msg)
+    return result
+
+
+def _stem(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.name:
+        msg = f"cannot save or load a result at {str(path)!r}: name a file in it"
+        raise ArgumentError(msg)
+    return path.with_suffix("") if path.suffix in {".json", ".safetensors"} else path
+
+
+def _with(stem: Path, suffix: str) -> Path:
+    """`stem` with `suffix` behind its whole name (`with_suffix` would cut `top.10` to `top`)."""
+    return stem.with_name(stem.name + suffix)
+
+
+def _encode(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
+    """JSON for `value`; arrays go to `arrays` under the name of their place."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        number = float(value)
+        # JSON has no nan or inf, and the readers of other languages refuse Python's spelling.
+        return number if math.isfinite(number) else {"float": repr(number)}
+    if isinstance(value, torch.Tensor):
+        arrays[where] = value.detach().cpu().contiguous().clone()
+        return {"tensor": where}
+    if isinstance(value, np.ndarray):
+        arrays[where] = torch.from_numpy(np.ascontiguousarray(value).copy())
+        return {"array": where, "shape": list(value.shape)}
+    if isinstance(value, Result):
+        fields = {
+            f.name: _encode(getattr(value, f.name), f"{where}.{f.name}".lstrip("."), arrays)
+            for f in dataclasses.fields(value)
+        }
+        return {"kind": type(value).__name__, "fields": fields}
+    if isinstance(value, dict):
+        return {"dict": {str(k): _encode(v, f"{where}.{k}", arrays) for k, v in value.items()}}
+    if isinstance(value, tuple | list):
+        items = [_encode(v, f"{where}.{i}", arrays) for i, v in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    msg = f"cannot save {where!r}: a {type(value).__name__} has no place in JSON or safetensors"
+    raise StorageError(msg)
+
+
+def _decode(value: Any, arrays: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, arrays) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "kind" in value:
+        kind = Result._kinds[value["kind"]]
+        known = {f.name for f in dataclasses.fields(kind)}
+        fields = {k: _decode(v, arrays) for k, v in value["fields"].items()}
+        if unknown := set(fields) - known:
+            msg = f"{kind.__name__} has no field {sorted(unknown)[0]!r}"
+            raise ValueError(msg)
+        return kind(**fields)
+    if "dict" in value:
+        return {k: _decode(v, arrays) for k, v in value["dict"].items()}
+    if "tuple" in value:
+        return tuple(_decode(v, arrays) for v in value["tuple"])
+    if "tensor" in value:
+        return arrays[value["tensor"]]
+    if "array" in value:
+        return arrays[value["array"]].numpy().reshape(value["shape"])
+    return float(value["float"])
