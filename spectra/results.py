@@ -1,8 +1,8 @@
 """What every answer shares: where it came from, saving, loading and plotting.
 
 A result is a frozen dataclass. Its fields are numbers, strings, tuples, dictionaries of such,
-NumPy arrays, torch tensors or other results; `save` writes the arrays to safetensors and the rest to
-JSON, and `load` gives the same result back. Nothing is ever pickled.
+NumPy arrays, torch tensors or other results; `save` writes the arrays to safetensors and the rest
+to JSON, and `load` gives the same result back. Nothing is ever pickled.
 """
 
 from __future__ import annotations

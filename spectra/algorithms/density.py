@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import special, stats
+from scipy import stats
 
 from spectra.algorithms import probes as random_probes
 from spectra.algorithms.lanczos import Krylov
@@ -80,9 +80,7 @@ class SpectralDensity(Result):
         for i, (nodes, weights) in enumerate(zip(self.nodes, self.weights, strict=True)):
             live = nodes[weights > 0]
             if len(live) > 1:
-                edges = np.concatenate(
-                    [[2 * live[0] - live[1]], live, [2 * live[-1] - live[-2]]]
-                )
+                edges = np.concatenate([[2 * live[0] - live[1]], live, [2 * live[-1] - live[-2]]])
                 spacing = (edges[2:] - edges[:-2]) / 2
             else:
                 spacing = np.zeros(len(live))
@@ -192,7 +190,7 @@ class SpectralDensity(Result):
 
 
 def spectral_density(
-    H: Any,  # noqa: N803 - the operator's name in the field
+    H: Any,
     *,
     steps: int = 60,
     probes: int = 5,

@@ -100,7 +100,8 @@ class Eigenpairs(Result):
         for i, (value, residual, fine) in enumerate(
             zip(self.values, self.residuals, self.converged, strict=True), start=1
         ):
-            lines.append(f"{i:4d}  {value:12.6g}  {residual:12.2g}{'' if fine else '  not converged'}")
+            mark = "" if fine else "  not converged"
+            lines.append(f"{i:4d}  {value:12.6g}  {residual:12.2g}{mark}")
         percent = f"with {self.certificate_confidence:.0%} probability no other eigenvalue"
         if self.no_eigenvalue_above is not None:
             lines.append(f"{percent} exceeds {self.no_eigenvalue_above:.4g}")
@@ -110,7 +111,7 @@ class Eigenpairs(Result):
 
 
 def eigsh(
-    H: Any,  # noqa: N803 - the operator's name in the field
+    H: Any,
     k: int = 6,
     *,
     which: Which = "LM",
@@ -171,9 +172,9 @@ def eigsh(
     References
     ----------
     Wu and Simon, 2000, "Thick-restart Lanczos method for large symmetric eigenvalue problems".
-    Parlett, 1980, "The Symmetric Eigenvalue Problem" (residual bounds). Van Dorsselaer, Hochstenbach
-    and van der Vorst, 2000, "Computing probabilistic bounds for extreme eigenvalues of symmetric
-    matrices with the Lanczos method" (certificate).
+    Parlett, 1980, "The Symmetric Eigenvalue Problem" (residual bounds). Van Dorsselaer,
+    Hochstenbach and van der Vorst, 2000, "Computing probabilistic bounds for extreme eigenvalues of
+    symmetric matrices with the Lanczos method" (certificate).
 
     Examples
     --------

@@ -93,7 +93,7 @@ class Estimate(Result):
         return (math.sqrt(max(mean - half, 0.0)), math.sqrt(mean + half))
 
     def running(self, confidence: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Value, lower and upper end of the interval after 2, 3, … probes: the convergence curve."""
+        """Value, lower and upper end of the interval after 2, 3, … probes."""
         confidence = self.confidence if confidence is None else confidence
         count = np.arange(1, len(self.samples) + 1)
         mean = np.cumsum(self.samples) / count

@@ -7,8 +7,8 @@ projections accumulate in float64, thresholds are relative to ‖T‖ and the ba
 
 References: Lanczos, 1950, "An iteration method for the solution of the eigenvalue problem"; Daniel,
 Gragg, Kaufman and Stewart, 1976, "Reorthogonalization and stable algorithms for updating the
-Gram-Schmidt QR factorization"; Wu and Simon, 2000, "Thick-restart Lanczos method for large symmetric
-eigenvalue problems".
+Gram-Schmidt QR factorization"; Wu and Simon, 2000, "Thick-restart Lanczos method for large
+symmetric eigenvalue problems".
 """
 
 from __future__ import annotations

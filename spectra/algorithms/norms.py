@@ -25,8 +25,8 @@ _BOUND_CONFIDENCE = 0.99
 
 
 def norm(
-    H: Any,  # noqa: N803 - the operator's name in the field
-    ord: Literal[2, "fro"] = 2,  # noqa: A002 - numpy.linalg.norm's name
+    H: Any,
+    ord: Literal[2, "fro"] = 2,
     *,
     rtol: float | None = None,
     confidence: float = 0.95,
@@ -108,7 +108,9 @@ def norm(
             seed=seed,
             progress=progress,
         )
-        return frobenius_estimate(moments, deflation, rtol, confidence, provenance)
+        return frobenius_estimate(
+            moments, deflation, rtol=rtol, confidence=confidence, provenance=provenance
+        )
     if ord != 2:
         msg = f"ord={ord!r}; expected 2 (spectral norm) or 'fro' (Frobenius norm)"
         raise ArgumentError(msg)
@@ -119,12 +121,20 @@ def norm(
         msg = f"max_matvecs={max_matvecs}; power iteration needs at least 2 products"
         raise ArgumentError(msg)
     tol = 1e-3 if rtol is None else rtol
-    return _power_iteration(operator, tol, max_matvecs, seed, progress, provenance)
+    return _power_iteration(
+        operator,
+        tol=tol,
+        max_matvecs=max_matvecs,
+        seed=seed,
+        progress=progress,
+        provenance=provenance,
+    )
 
 
 def frobenius_estimate(
     moments: probes.Moments,
     deflation: probes.Deflation | None,
+    *,
     rtol: float,
     confidence: float,
     provenance: dict[str, Any],
@@ -156,6 +166,7 @@ def frobenius_estimate(
 
 def _power_iteration(
     operator: SymmetricOperator,
+    *,
     tol: float,
     max_matvecs: int,
     seed: int,

@@ -104,8 +104,11 @@ class Deflation:
         self.basis = columns.to(device=space.device, dtype=space.dtype).T.contiguous()
         gram = torch.stack([space.project(self.basis, row) for row in self.basis])
         defect = float((gram - torch.eye(len(gram), device=gram.device)).abs().max())
-        if defect > space.eps ** 0.5:
-            msg = f"deflate holds vectors that are not orthonormal: their Gram matrix is off by {defect:.2g}"
+        if defect > space.eps**0.5:
+            msg = (
+                "deflate holds vectors that are not orthonormal: their Gram matrix is off by "
+                f"{defect:.2g}"
+            )
             raise ArgumentError(msg)
         self.values = np.asarray(pairs.values, dtype=np.float64)
         # H q = λ q + r puts r both above and below the diagonal of the deflated block.
@@ -178,8 +181,8 @@ def sample_moments(
     With z uniform on the sphere of radius sqrt(n - r) in the complement of r known eigenvectors,
     E zᵀHz is the complement's trace and E ‖Hz‖² its squared Frobenius norm. Not random signs: their
     samples take few values on a matrix with few off-diagonal entries, and five equal ones would
-    look like certainty. Where the tolerance would take more probes than the n products that give the
-    moments exactly, those are computed instead.
+    look like certainty. Where the tolerance would take more probes than the n products that give
+    the moments exactly, those are computed instead.
 
     Parameters
     ----------
@@ -234,14 +237,10 @@ def _exact_moments(operator: SymmetricOperator, spent: int, bar: Any) -> Moments
         trace += float(column[i])
         square += space.norm(column) ** 2
         bar.update()
-    return Moments(
-        np.array([trace]), np.array([square]), exact=True, matvecs=spent + space.n
-    )
+    return Moments(np.array([trace]), np.array([square]), exact=True, matvecs=spent + space.n)
 
 
-def _check_tolerances(
-    rtol: float, atol: float | None, confidence: float, max_matvecs: int
-) -> None:
+def _check_tolerances(rtol: float, atol: float | None, confidence: float, max_matvecs: int) -> None:
     if not (rtol >= 0 and (atol is None or atol >= 0)) or (rtol == 0 and not atol):
         msg = f"rtol={rtol}, atol={atol}; expected tolerances >= 0, at least one of them > 0"
         raise ArgumentError(msg)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 __all__ = ["progress_bar"]
 
 
-def progress_bar(name: str, total: int | None, show: bool | None) -> tqdm[Any]:  # noqa: FBT001
+def progress_bar(name: str, total: int | None, show: bool | None) -> tqdm[Any]:
     """A bar that counts matvecs. `show`: True, False, or None for «if stderr is a terminal»."""
     return tqdm(
         total=total,

@@ -20,7 +20,7 @@ __all__ = ["trace", "trace_estimate"]
 
 
 def trace(
-    H: Any,  # noqa: N803 - the operator's name in the field
+    H: Any,
     *,
     rtol: float = 0.05,
     atol: float | None = None,
@@ -74,7 +74,8 @@ def trace(
     Hutchinson, 1989, "A stochastic estimator of the trace of the influence matrix for Laplacian
     smoothing splines". Girard, 1989, "A fast Monte-Carlo cross-validation procedure for large least
     squares problems with noisy data".
-    Deflation: Meyer, Musco, Musco and Woodruff, 2021, "Hutch++: optimal stochastic trace estimation".
+    Deflation: Meyer, Musco, Musco and Woodruff, 2021, "Hutch++: optimal stochastic trace
+    estimation".
     """
     operator = as_operator(H)
     if method not in {"auto", "hutchinson"}:
@@ -102,12 +103,20 @@ def trace(
         "seed": seed,
         "versions": versions(),
     }
-    return trace_estimate(moments, deflation, rtol, atol, confidence, provenance)
+    return trace_estimate(
+        moments,
+        deflation,
+        rtol=rtol,
+        atol=atol,
+        confidence=confidence,
+        provenance=provenance,
+    )
 
 
 def trace_estimate(
     moments: probes.Moments,
     deflation: probes.Deflation | None,
+    *,
     rtol: float,
     atol: float | None,
     confidence: float,

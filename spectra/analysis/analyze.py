@@ -78,7 +78,7 @@ class Analysis(Result):
 
 
 def analyze(
-    H: Any,  # noqa: N803 - the operator's name in the field
+    H: Any,
     k: int = 10,
     *,
     which: Which = "LM",
@@ -183,8 +183,12 @@ def analyze(
                 begun=_begun(measure, deflation),
             ),
         )
-        trace_result = trace_estimate(moments, deflation, rtol, None, 0.95, provenance)
-        frobenius = frobenius_estimate(moments, deflation, rtol, 0.95, provenance)
+        trace_result = trace_estimate(
+            moments, deflation, rtol=rtol, atol=None, confidence=0.95, provenance=provenance
+        )
+        frobenius = frobenius_estimate(
+            moments, deflation, rtol=rtol, confidence=0.95, provenance=provenance
+        )
     return Analysis(
         eigenpairs=pairs,
         spectral_norm=spectral,

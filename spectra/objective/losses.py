@@ -1,8 +1,9 @@
 """What is the loss of one batch, and over how many terms does its mean run?
 
-A loss is any function `loss(model, batch) -> scalar tensor`. Two attributes make it exact on batches
-of unequal size: `weight(batch)`, the number of terms its mean runs over, and `reduction`, "mean" or
-"sum". The losses here carry both; for a plain function the weight is the number of samples.
+A loss is any function `loss(model, batch) -> scalar tensor`. Two attributes make it exact on
+batches of unequal size: `weight(batch)`, the number of terms its mean runs over, and `reduction`,
+"mean" or "sum". The losses here carry both; for a plain function the weight is the number of
+samples.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class Supervised:
         return f"supervised({name})"
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of one batch."""
         inputs, targets = self._split(batch)
         if isinstance(inputs, Mapping):
             predictions = model(**inputs)
@@ -144,6 +146,7 @@ class CausalLM:
         return "causal_lm()"
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of one batch."""
         targets = self._targets(batch)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         # A cache of keys and values would only hold memory: no token is generated here.

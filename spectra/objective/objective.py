@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ __all__ = ["FunctionObjective", "ModelObjective", "Objective", "Part"]
 
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class Objective(Protocol):
 
     parameters: list[Tensor]
     space: ParameterSpace
-    model: nn.Module | None
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, where there is one."""
+        ...
 
     def parts(self) -> Iterator[Part]:
         """The parts, in order; their losses enter with `part.weight`."""
@@ -82,7 +88,7 @@ class Objective(Protocol):
 class FunctionObjective:
     """A scalar function of tensors, without a model."""
 
-    model = None
+    model: nn.Module | None = None
 
     def __init__(
         self,
@@ -117,7 +123,7 @@ class FunctionObjective:
         """The function as a single part."""
         yield Part("the function", None, 1.0)
 
-    def normaliser(self, total_weight: float) -> float:  # noqa: ARG002
+    def normaliser(self, total_weight: float) -> float:
         """One: there is a single part."""
         return 1.0
 
@@ -179,7 +185,9 @@ class ModelObjective:
         self.model: nn.Module = model
         self.reduction = _reduction(reduction, loss)
         self._loss = loss
-        self._weight = weight or getattr(loss, "weight", number_of_samples)
+        self._weight: Callable[[Any], float] = (
+            getattr(loss, "weight", number_of_samples) if weight is None else weight
+        )
         self._microbatch = microbatch
         self._data = _reiterable(data, hold_data=hold_data)
         self._num_batches: int | None = None
@@ -205,7 +213,8 @@ class ModelObjective:
                         torch.manual_seed(_dropout_seed(index, place))
                     yield Part(name, piece, weight)
         if count == 0:
-            again = "" if self._num_batches is None else f" in this pass, {self._num_batches} before"
+            known = self._num_batches
+            again = "" if known is None else f" in this pass, {known} before"
             msg = (
                 f"the data hold no batch{again}. If they are a generator that was used up, pass "
                 "list(data) or a DataLoader, which can be read once per product"
@@ -270,7 +279,7 @@ class ModelObjective:
         problems = _stochastic_modules(self.model)
         if not problems:
             return
-        name, problem, batch_statistics = problems[0]
+        name, problem, _ = problems[0]
         if not self._allow_training_mode:
             more = f" (and {len(problems) - 1} more such modules)" if len(problems) > 1 else ""
             msg = (
@@ -303,7 +312,8 @@ class ModelObjective:
             return
         samples = _leading_dimension(batch, label)
         for start in range(0, samples, size):
-            yield _map_tensors(batch, lambda t, s=start: t[s : s + size])
+            places = slice(start, start + size)
+            yield _map_tensors(batch, operator.itemgetter(places))
 
 
 def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
@@ -419,15 +429,18 @@ def _stochastic_modules(model: nn.Module) -> list[tuple[str, str, bool]]:
             if module.training:
                 found.append((name, f"({kind}) is in training mode: batch statistics", True))
             elif module.running_mean is None:
-                found.append((name, f"({kind}) keeps no running statistics: batch statistics", True))
+                why = f"({kind}) keeps no running statistics: batch statistics"
+                found.append((name, why, True))
         elif not module.training:
             continue
         elif (rate := _drop_rate(module)) > 0:
-            found.append((name, f"({kind}) is in training mode: it drops at random, p={rate}", False))
+            why = f"({kind}) is in training mode: it drops at random, p={rate}"
+            found.append((name, why, False))
         elif isinstance(module, nn.RReLU):
             found.append((name, f"({kind}) is in training mode: random slopes", False))
-        elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
-            found.append((name, f"({kind}) is in training mode: it changes its statistics", False))
+        elif isinstance(module, _INSTANCE_NORMS) and module.track_running_stats:
+            why = f"({kind}) is in training mode: it changes its statistics"
+            found.append((name, why, False))
     return found
 
 
@@ -461,14 +474,15 @@ def _gradients_on() -> Iterator[None]:
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
     """Put the global random state back: shuffling loaders and dropout draw from it."""
-    python, numpy = random.getstate(), np.random.get_state()
+    # Augmentations of loaders still draw from NumPy's legacy state.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextlib.contextmanager

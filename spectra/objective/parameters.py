@@ -148,7 +148,8 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, T
                 msg = f"params holds a {type(glob).__name__}; expected globs over parameter names"
                 raise ArgumentTypeError(msg)
             if not any(fnmatch.fnmatchcase(name, glob) for n, _ in aliases for name in n):
-                raise ParameterSelectionError(_no_match(glob, [name for n, _ in aliases for name in n]))
+                known = [name for n, _ in aliases for name in n]
+                raise ParameterSelectionError(_no_match(glob, known))
         chosen = [
             (n, p)
             for n, p in aliases
@@ -159,8 +160,8 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, T
             raise ParameterSelectionError(msg)
 
     selected = {n[0]: p for n, p in chosen}
-    for name, parameter in selected.items():
-        if problem := _cannot_differentiate(parameter):
+    for name, tensor in selected.items():
+        if problem := _cannot_differentiate(tensor):
             msg = f"parameter {name!r} {problem}; leave it out with params="
             raise ParameterSelectionError(msg)
     return selected

@@ -1,8 +1,8 @@
 """Which vectors does an operator act on: their length, dtype, device and inner product.
 
 Precision policy: inner products, norms and projections accumulate in float64 whatever the dtype of
-the vectors. Native float32 reductions on the CPU are off by 1e-5 at a million entries and by 1e-3 at
-25 million, which ruins a Lanczos run.
+the vectors. Native float32 reductions on the CPU are off by 1e-5 at a million entries and by 1e-3
+at 25 million, which ruins a Lanczos run.
 """
 
 from __future__ import annotations

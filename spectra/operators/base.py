@@ -27,7 +27,7 @@ __all__ = ["MatrixOperator", "SymmetricOperator", "as_operator"]
 _NUMPY_DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
 
-class SymmetricOperator(LinearOperator):  # type: ignore[misc]
+class SymmetricOperator(LinearOperator):
     """A real symmetric linear operator on a `VectorSpace`.
 
     Subclasses implement `_products`. NumPy arrays go in and come out through SciPy's contract
@@ -144,9 +144,9 @@ class SymmetricOperator(LinearOperator):  # type: ignore[misc]
             raise ArgumentError(msg)
         return self._matvec(x).reshape(x.shape)
 
-    def matmat(self, X: Any) -> Any:  # noqa: N803 - SciPy's name
+    def matmat(self, X: Any) -> Any:
         """Products with the columns of a NumPy array (n, k), as columns."""
-        X = np.asarray(X)  # noqa: N806
+        X = np.asarray(X)
         n = self.space.n
         if X.ndim != 2 or X.shape[0] != n:
             msg = f"expected an array of shape ({n}, k), got {X.shape}"
@@ -156,7 +156,7 @@ class SymmetricOperator(LinearOperator):  # type: ignore[misc]
     def _matvec(self, x: np.ndarray) -> np.ndarray:
         return self._matmat(np.asarray(x).reshape(-1, 1)).reshape(-1)
 
-    def _matmat(self, X: np.ndarray) -> np.ndarray:  # noqa: N803
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
         rows = self.from_numpy(X.T)
         products: np.ndarray = self._checked_products(rows).cpu().numpy().T
         return products
@@ -197,8 +197,8 @@ class SymmetricOperator(LinearOperator):  # type: ignore[misc]
             raise ArgumentError(msg)
         if vectors.dtype != space.dtype:
             msg = (
-                f"expected {space.dtype}, got {vectors.dtype}; convert with v.to({space.dtype}), or "
-                f"make the operator with dtype={vectors.dtype}"
+                f"expected {space.dtype}, got {vectors.dtype}; convert with v.to({space.dtype}), "
+                f"or make the operator with dtype={vectors.dtype}"
             )
             raise ArgumentTypeError(msg)
         if vectors.device != space.device:
@@ -242,9 +242,7 @@ class ForeignOperator(SymmetricOperator):
     def __init__(self, operator: Any) -> None:
         self.operator = operator
         single = operator.dtype == np.float32
-        super().__init__(
-            VectorSpace(operator.shape[0], torch.float32 if single else torch.float64)
-        )
+        super().__init__(VectorSpace(operator.shape[0], torch.float32 if single else torch.float64))
 
     def _products(self, rows: Tensor) -> Tensor:
         products = self.operator @ rows.numpy().T
@@ -320,7 +318,7 @@ def _check_matrix(matrix: Tensor) -> None:
     _check_symmetry(defect, float(matrix.abs().max()), _NUMPY_DTYPES[matrix.dtype])
 
 
-def _check_symmetry(defect: float, largest: float, dtype: np.dtype) -> None:
+def _check_symmetry(defect: float, largest: float, dtype: Any) -> None:
     # Rounding in whatever produced the matrix is welcome; anything that moves an eigenvalue is not.
     rounding = np.finfo(dtype if dtype.kind == "f" else np.float64).eps ** 0.75
     if defect > rounding * largest:

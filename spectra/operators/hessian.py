@@ -182,13 +182,16 @@ class HessianOperator(SymmetricOperator):
         tensors = dict(zip(names, self.objective.parameters, strict=True))
         kept = {n for n, t in tensors.items() if chosen is None or chosen(n, t)}
         if not kept:
-            msg = f"the block {params!r} selects none of the {len(names)} parameters, such as {names[0]!r}"
+            msg = (
+                f"the block {params!r} selects none of the {len(names)} parameters, such as "
+                f"{names[0]!r}"
+            )
             raise ParameterSelectionError(msg)
         operator = type(self).__new__(type(self))
         operator._set_up(
             self._restricted_to(lambda name, _: name in kept),
             self._oracle.graph,
-            lambda selection: self._restricted_to(selection),
+            self._restricted_to,
         )
         return operator
 

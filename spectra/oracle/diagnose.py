@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from spectra.errors import DoubleBackwardError
 
-__all__ = ["explain_failure", "refuse_bad_nodes", "refuse_bad_modules"]
+__all__ = ["explain_failure", "locate_culprit", "refuse_bad_modules", "refuse_bad_nodes"]
 
 # Graph nodes that make a second derivative fail, vanish or be wrong: (name, what is the matter).
 # Each entry was seen to do so with torch 2.13 (gradgradcheck, or comparison with a dense Hessian).
 _BAD_NODES = (
     ("NotImplemented", "has no second derivative in PyTorch"),
     ("torch::autograd::Error", "is a function marked once_differentiable"),
-    ("WeightNormInterface", "is weight_norm, whose second derivative PyTorch gets wrong for dim 0 and 1"),
+    (
+        "WeightNormInterface",
+        "is weight_norm, whose second derivative PyTorch gets wrong for dim 0 and 1",
+    ),
     (
         "CheckpointFunctionBackward",
         "is reentrant activation checkpointing, which loses the gradient of its parameters",
@@ -112,7 +115,7 @@ def locate_culprit(model: nn.Module | None, evaluate: Callable[[], Tensor]) -> s
     ]
     try:
         evaluate()
-    except Exception:  # noqa: BLE001, S110 - the original error is what will be reported
+    except Exception:
         pass
     finally:
         for handle in handles:
@@ -123,9 +126,7 @@ def locate_culprit(model: nn.Module | None, evaluate: Callable[[], Tensor]) -> s
     return "an operation of the loss function"
 
 
-def _twice_differentiable(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> bool:
+def _twice_differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     inputs: list[Tensor] = []
 
     def detached(value: Any) -> Any:

@@ -195,9 +195,7 @@ class HvpOracle:
 
     def _locate(self, part: Part) -> str:
         with differentiable_attention():
-            return diagnose.locate_culprit(
-                self.objective.model, lambda: self.objective.loss(part)
-            )
+            return diagnose.locate_culprit(self.objective.model, lambda: self.objective.loss(part))
 
 
 class _GradientGraph:
@@ -213,9 +211,7 @@ class _GradientGraph:
         return any(gradient is not None for gradient in self.gradients)
 
 
-def _accumulate(
-    views: list[Tensor], terms: tuple[Tensor | None, ...], weight: float
-) -> None:
+def _accumulate(views: list[Tensor], terms: tuple[Tensor | None, ...], weight: float) -> None:
     """Add weighted terms into the views of a flat vector, in place."""
     for view, term in zip(views, terms, strict=True):
         if term is not None:

@@ -1,0 +1,84 @@
+# Needs make and Python 3.10 or newer, nothing else. Everything is installed into one virtual
+# environment, and each target installs only what it uses.
+#
+#   make PYTHON=python3.12 test       another interpreter
+#   make VENV=/somewhere/else test    another environment
+
+PYTHON ?= python3
+VENV = .venv
+# Without the packages of the optional parts the tests of those parts would be skipped.
+TEST_EXTRAS = test,demo,hf
+
+# Programs are run as modules of the environment's interpreter, never as $(VENV)/bin/program: the
+# first line of such a script holds the environment's path and breaks when the folder is moved.
+RUN = "$(VENV)/bin/python"
+
+# For a file that changes, make would need file names as targets, and a path with a space in it
+# (VENV=...) cannot be one. So a stamp holds checksums of what the environment was made from.
+CHECKSUMS = cksum pyproject.toml tests/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint clean venv demo-requirements test-requirements lint-requirements
+# Two pips in one environment, as under make -j, would spoil it.
+.NOTPARALLEL:
+
+help: ## list these targets
+	@awk -F ': ## ' '/^[a-z-]+: ## /{ printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+demo: ## analyse a small network and write demo-run/report.html
+test: ## run the quick tests
+test-all: ## run all tests, the slow ones too
+lint: ## check style, formatting, types, and the direction of imports
+clean: ## delete the virtual environment, caches, builds and the demo's output
+
+demo: demo-requirements
+	@echo "Running the demo; its report will be demo-run/report.html"
+	@$(RUN) -m spectra demo --out demo-run
+
+# One thread each: two test processes that use every core at once slow each other down.
+test: test-requirements
+	@echo "Running the quick tests"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow"
+
+test-all: test-requirements
+	@echo "Running all tests, the slow ones too"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+# import-linter has no module to run, so its entry point is called.
+lint: lint-requirements
+	@echo "Checking style, formatting, types and imports"
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+	@$(RUN) -c 'from importlinter.cli import lint_imports_command as main; main()' --no-logo
+
+clean:
+	@echo "Deleting the virtual environment, caches, builds and the demo's output"
+	@rm -rf .venv demo-run build dist docs/_build .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv:
+	@$(RUN) -c 'import pip' 2>/dev/null || { \
+	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	    echo "spectra needs Python 3.10 or newer, but '$(PYTHON) --version' says: $$("$(PYTHON)" --version 2>&1). Name a newer one: make PYTHON=python3.12 ..." >&2; exit 1; }; \
+	  "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv (for another Python than the system's, its own: python3.12-venv)" >&2; exit 1; }; \
+	  echo "Making a virtual environment in $(VENV) with $$("$(PYTHON)" --version)"; \
+	  "$(PYTHON)" -m venv $$([ ! -f "$(VENV)/pyvenv.cfg" ] || echo --clear) "$(VENV)"; }
+
+# $(call install,NAME,EXTRAS)
+define install
+	@$(CHECKSUMS) | cmp -s - "$(VENV)/$(1)-requirements" || { \
+	  echo "Installing spectra[$(2)] into $(VENV): minutes the first time, most of it PyTorch"; \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt -e ".[$(2)]" \
+	  && $(CHECKSUMS) > "$(VENV)/$(1)-requirements"; }
+endef
+
+demo-requirements: venv
+	$(call install,demo,demo)
+
+test-requirements: venv
+	$(call install,test,$(TEST_EXTRAS))
+
+lint-requirements: venv
+	$(call install,lint,lint)
