@@ -2,7 +2,7 @@
 
 >>> import torch, spectra
 >>> H = spectra.HessianOperator.from_function(lambda x: (x**4).sum(), torch.ones(3))
->>> print(spectra.eigsh(H, k=1).values)
+>>> print(spectra.eigsh(H, k=1).values.round(4))
 [12.]
 """
 

@@ -12,8 +12,9 @@ import importlib
 import json
 import math
 import platform
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import scipy
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT_VERSION", "Result", "load", "versions"]
 
 FORMAT_VERSION = 1
-_ResultType = TypeVar("_ResultType", bound="Result")
 
 
 def versions() -> dict[str, str]:
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
     return {
         "spectra": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "scipy": scipy.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
@@ -76,20 +76,25 @@ class Result:
         """
         stem = _stem(path)
         arrays: dict[str, torch.Tensor] = {}
-        document = {
-            "format": FORMAT_VERSION,
-            "versions": versions(),
-            "result": _encode(self, "", arrays),
-        }
         try:
+            document = {
+                "format": FORMAT_VERSION,
+                "versions": versions(),
+                "result": _encode(self, "", arrays),
+            }
+            text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+            content = text.encode() + b"\n"
             stem.parent.mkdir(parents=True, exist_ok=True)
-            # Arrays first: a reader never finds a JSON file whose arrays are not there yet.
+            # In this order a reader finds no JSON file without its arrays, or with another's.
+            _with(stem, ".json").unlink(missing_ok=True)
+            _with(stem, ".safetensors").unlink(missing_ok=True)
             if arrays:
                 save_file(arrays, _with(stem, ".safetensors"))
-            text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-            _with(stem, ".json").write_text(text + "\n", encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            msg = f"could not write the result to {str(stem)!r}: {error}"
+            _with(stem, ".json").write_bytes(content)
+        except StorageError:
+            raise
+        except (OSError, ValueError, LookupError, RecursionError, SafetensorError) as error:
+            msg = f"could not write the result to {str(stem)!r}: {type(error).__name__}: {error}"
             raise StorageError(msg) from error
         return _with(stem, ".json")
 
@@ -137,7 +142,8 @@ def load(path: str | Path) -> Result:
         raise StorageError(msg)
     try:
         result = _decode(document["result"], arrays)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except Exception as error:
+        # Of any kind: damaged values also pass through the checks of every result class.
         msg = f"the result at {str(stem)!r} is damaged: {type(error).__name__}: {error}"
         raise StorageError(msg) from error
     if not isinstance(result, Result):
@@ -163,6 +169,8 @@ def _encode(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
     """JSON for `value`; arrays go to `arrays` under the name of their place."""
     if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, np.bool_):
+        return bool(value)
     if isinstance(value, int | np.integer):
         return int(value)
     if isinstance(value, float | np.floating):
@@ -170,11 +178,10 @@ def _encode(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
         # JSON has no nan or inf, and the readers of other languages refuse Python's spelling.
         return number if math.isfinite(number) else {"float": repr(number)}
     if isinstance(value, torch.Tensor):
-        arrays[where] = value.detach().cpu().contiguous().clone()
-        return {"tensor": where}
+        return {"tensor": _put(lambda: value.detach().cpu().contiguous().clone(), where, arrays)}
     if isinstance(value, np.ndarray):
-        arrays[where] = torch.from_numpy(np.ascontiguousarray(value).copy())
-        return {"array": where, "shape": list(value.shape)}
+        name = _put(lambda: torch.from_numpy(np.ascontiguousarray(value).copy()), where, arrays)
+        return {"array": name, "shape": list(value.shape)}
     if isinstance(value, Result):
         fields = {
             f.name: _encode(getattr(value, f.name), f"{where}.{f.name}".lstrip("."), arrays)
@@ -182,12 +189,29 @@ def _encode(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
         }
         return {"kind": type(value).__name__, "fields": fields}
     if isinstance(value, dict):
-        return {"dict": {str(k): _encode(v, f"{where}.{k}", arrays) for k, v in value.items()}}
+        if odd := [key for key in value if not isinstance(key, str)]:
+            msg = f"cannot save {where!r}: its key {odd[0]!r} is no string, and JSON has no others"
+            raise StorageError(msg)
+        return {"dict": {k: _encode(v, f"{where}.{k}", arrays) for k, v in value.items()}}
     if isinstance(value, tuple | list):
         items = [_encode(v, f"{where}.{i}", arrays) for i, v in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
     msg = f"cannot save {where!r}: a {type(value).__name__} has no place in JSON or safetensors"
     raise StorageError(msg)
+
+
+def _put(make: Callable[[], torch.Tensor], where: str, arrays: dict[str, torch.Tensor]) -> str:
+    """Add an array under a name that no other has, and return the name."""
+    try:
+        array = make()
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"cannot save {where!r}: {error}"
+        raise StorageError(msg) from error
+    # Places may coincide: {"a.b": x} and {"a": {"b": y}}.
+    while where in arrays:
+        where += "'"
+    arrays[where] = array
+    return where
 
 
 def _decode(value: Any, arrays: dict[str, torch.Tensor]) -> Any:

@@ -8,6 +8,7 @@ of them. Numbers come from nodes, never from the broadened curve.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from scipy import stats
 
 from spectra.algorithms import probes as random_probes
+from spectra.algorithms.estimate import check_confidence
 from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.progress import progress_bar
 from spectra.errors import ArgumentError
@@ -24,11 +26,12 @@ from spectra.results import Result, versions
 if TYPE_CHECKING:
     from spectra.algorithms.eigen import Eigenpairs
 
-__all__ = ["SpectralDensity", "spectral_density"]
+__all__ = ["SpectralDensity", "check_counts", "spectral_density"]
 
-# Two Gaussians of width σ merge into one hump when they are less than about 2σ apart; a node's
-# neighbours then overlap at a ratio of 3 (the rule of Papyan, 2020, taken locally).
-_OVERLAP = math.sqrt(8 * math.log(3.0))
+# Width of a node's Gaussian in units of its distance to the neighbours. Papyan (2020) takes
+# 1 / sqrt(8 ln 3) = 0.34 of the mean distance for all nodes; twice that, and locally, leaves no
+# isolated spike between the nodes of a few probes.
+_RELATIVE_WIDTH = 2 / math.sqrt(8 * math.log(3.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +76,19 @@ class SpectralDensity(Result):
 
     @property
     def widths(self) -> np.ndarray:
-        """(probes, steps) broadening of each node: half the distance between its neighbours."""
+        """(probes, steps) broadening of each node: 0.67 of the mean distance to its neighbours."""
         result = np.zeros_like(self.nodes)
         low, high = self.support
-        least = max(1e-6 * (high - low), 1e-9 * max(abs(low), abs(high)), 1e-300)
+        least = max(1e-6 * (high - low), 1e-9 * max(abs(low), abs(high)), 1e-100)
         for i, (nodes, weights) in enumerate(zip(self.nodes, self.weights, strict=True)):
-            live = nodes[weights > 0]
+            kept = weights > 0
+            live = nodes[kept]
             if len(live) > 1:
                 edges = np.concatenate([[2 * live[0] - live[1]], live, [2 * live[-1] - live[-2]]])
                 spacing = (edges[2:] - edges[:-2]) / 2
             else:
                 spacing = np.zeros(len(live))
-            result[i, : len(live)] = np.maximum(spacing / _OVERLAP * 2, least)
+            result[i, kept] = np.maximum(spacing * _RELATIVE_WIDTH, least)
         return result
 
     def grid(self, points: int = 1000) -> np.ndarray:
@@ -144,21 +148,38 @@ class SpectralDensity(Result):
         ]
         if len(self.atoms):
             lines.append(f"{len(self.atoms)} deflated eigenvalues as exact atoms of mass 1/n")
-        edges = self.quantiles([0.05, 0.5, 0.95])
-        lines.append(
-            f"5 %, 50 % and 95 % quantiles: {edges[0]:.4g}, {edges[1]:.4g}, {edges[2]:.4g}"
-        )
+        shares = [0.05, 0.5, 0.95]
+        single = np.array([self._quantiles_of([i], shares) for i in range(self.probes)])
+        for share, value, low, high in zip(
+            shares, self.quantiles(shares), single.min(axis=0), single.max(axis=0), strict=True
+        ):
+            spread = f" ({low:.4g} to {high:.4g} over the probes)" if self.steps else ""
+            lines.append(f"{share:4.0%} of the eigenvalues are below {value:.4g}{spread}")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def quantiles(self, shares: Any) -> np.ndarray:
-        """Eigenvalues below which the given shares of the spectrum lie; resolved to a node."""
-        nodes = np.concatenate([self.nodes.ravel(), self.atoms])
+        """Eigenvalues below which the given shares of the spectrum lie; resolved to a node.
+
+        Raises
+        ------
+        ArgumentError
+            A share is not between 0 and 1.
+        """
+        shares = np.asarray(shares, dtype=float)
+        if not ((shares >= 0) & (shares <= 1)).all():
+            msg = f"shares={shares}; expected shares of the spectrum between 0 and 1, such as 0.5"
+            raise ArgumentError(msg)
+        return self._quantiles_of(range(self.probes), shares)
+
+    def _quantiles_of(self, chosen: Sequence[int], shares: Any) -> np.ndarray:
+        """Quantiles from some of the probes."""
+        nodes = np.concatenate([*self.nodes[list(chosen)], self.atoms])
         masses = np.concatenate(
-            [self.weights.ravel() / self.probes, np.full(len(self.atoms), 1 / self.n)]
+            [*self.weights[list(chosen)] / len(chosen), np.full(len(self.atoms), 1 / self.n)]
         )
         order = np.argsort(nodes, kind="stable")
         cumulative = np.cumsum(masses[order])
-        places = np.searchsorted(cumulative, np.asarray(shares, dtype=float) * cumulative[-1])
+        places = np.searchsorted(cumulative, np.asarray(shares) * cumulative[-1])
         return np.asarray(nodes[order][np.minimum(places, len(nodes) - 1)])
 
     def _per_probe(self, grid: np.ndarray, width: float | None) -> np.ndarray:
@@ -183,10 +204,19 @@ class SpectralDensity(Result):
         if self.probes < 2:
             msg = "a band needs the spread of at least 2 probes; compute with probes=2 or more"
             raise ArgumentError(msg)
+        check_confidence(confidence)
         quantile = stats.t.ppf(0.5 + confidence / 2, self.probes - 1)
         half = quantile * samples.std(axis=0, ddof=1) / math.sqrt(self.probes)
         mean = samples.mean(axis=0)
         return np.maximum(mean - half, 0.0), mean + half
+
+
+def check_counts(steps: int, probes: int) -> None:
+    """Refuse counts that are no positive integers."""
+    for name, count in (("steps", steps), ("probes", probes)):
+        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+            msg = f"{name}={count!r}; expected an integer >= 1"
+            raise ArgumentError(msg)
 
 
 def spectral_density(
@@ -241,10 +271,7 @@ def spectral_density(
     "An investigation into neural net optimization via Hessian eigenvalue density".
     """
     operator = as_operator(H)
-    for name, count in (("steps", steps), ("probes", probes)):
-        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
-            msg = f"{name}={count!r}; expected an integer >= 1"
-            raise ArgumentError(msg)
+    check_counts(steps, probes)
     generator = random_probes.seeded(seed)
     deflation = None if deflate is None else random_probes.Deflation(operator, deflate)
     outside = None if deflation is None else deflation.basis

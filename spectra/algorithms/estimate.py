@@ -11,7 +11,14 @@ from scipy import stats
 from spectra.errors import ArgumentError
 from spectra.results import Result
 
-__all__ = ["Estimate"]
+__all__ = ["Estimate", "check_confidence"]
+
+
+def check_confidence(confidence: float) -> None:
+    """Refuse what is no probability strictly between 0 and 1."""
+    if not 0 < confidence < 1:
+        msg = f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95"
+        raise ArgumentError(msg)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +79,7 @@ class Estimate(Result):
             The confidence is not between 0 and 1, or beyond what `bounds` promise.
         """
         confidence = self.confidence if confidence is None else confidence
-        if not 0 < confidence < 1:
-            msg = f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95"
-            raise ArgumentError(msg)
+        check_confidence(confidence)
         if self.bounds is not None:
             if confidence > self.bounds_confidence:
                 msg = f"the bounds of this estimate hold with {self.bounds_confidence:.0%}, no more"
@@ -95,6 +100,7 @@ class Estimate(Result):
     def running(self, confidence: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Value, lower and upper end of the interval after 2, 3, … probes."""
         confidence = self.confidence if confidence is None else confidence
+        check_confidence(confidence)
         count = np.arange(1, len(self.samples) + 1)
         mean = np.cumsum(self.samples) / count
         variance = np.array([self.samples[:c].var(ddof=1) for c in count[1:]])

@@ -89,7 +89,10 @@ class Krylov:
         if start is None:
             self._rows[0] = probes.sphere(self._space, generator, complement_of)
         else:
-            self._rows[0] = start / self._space.norm(start)
+            start = start.clone()
+            if complement_of is not None:
+                probes.remove(self._space, start, complement_of)
+            self._rows[0] = start.div_(self._space.norm(start))
 
     @property
     def basis(self) -> Tensor:

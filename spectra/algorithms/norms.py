@@ -181,6 +181,8 @@ def _power_iteration(
     previous: tuple[Tensor, Tensor, float] | None = None
     with progress_bar("power iteration", max_matvecs, progress) as bar:
         while steps < max_matvecs:
+            if previous is not None:
+                x = y / rho
             y = operator.apply(x)
             rho = space.norm(y)
             steps += 1
@@ -197,9 +199,8 @@ def _power_iteration(
                 if residual <= tol:
                     break
             previous = (x, y, rho)
-            x = y / rho
     rounding = 4 * space.eps * rho
-    signs, note = _signs(operator, x, y, rho)
+    signs, note = _signs(operator, x, y, rho, residual)
     upper = rho + rounding
     if rho > 0:
         smallest = math.sqrt(
@@ -229,17 +230,22 @@ def _power_iteration(
     )
 
 
-def _signs(operator: SymmetricOperator, x: Tensor, y: Tensor, rho: float) -> tuple[str, str]:
+def _signs(
+    operator: SymmetricOperator, x: Tensor, y: Tensor, rho: float, residual: float
+) -> tuple[str, str]:
     """Which of +ρ and −ρ are eigenvalues, from the components of x along y ± ρx."""
     if rho == 0.0:
         return "zero operator", ""
-    space = operator.space
-    quotient = space.inner(x, y) / rho
+    quotient = operator.space.inner(x, y) / rho
     # x = a u₊ + b u₋ with a² + b² = 1 has the quotient a² − b².
     positive, negative = (1 + quotient) / 2, (1 - quotient) / 2
-    if min(positive, negative) > 1e-3:
+    minor = min(positive, negative)
+    # At most (residual / 0.1)² of x belongs to eigenvalues whose squares are off ρ² by a tenth.
+    if minor > (residual / 0.1) ** 2 + 100 * operator.space.eps:
         return "both signs", (
             f"eigenvalues near both +{rho:.4g} and −{rho:.4g}: the iterate is a mixture of their "
             "eigenvectors"
         )
+    if minor > 0.1:
+        return "sign not settled", ""
     return f"dominant eigenvalue {'positive' if positive > negative else 'negative'}", ""

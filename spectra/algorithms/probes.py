@@ -12,17 +12,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
+from spectra.algorithms.estimate import check_confidence
 from spectra.algorithms.progress import progress_bar
-from spectra.errors import ArgumentError
+from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator
 
 __all__ = [
     "Deflation",
     "Moments",
+    "check_tolerances",
     "gaussian",
     "remove",
     "sample_moments",
@@ -46,10 +48,10 @@ def seeded(seed: int) -> torch.Generator:
     ArgumentError
         The seed is no integer, or negative.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        msg = f"seed={seed!r}; expected an integer >= 0"
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        msg = f"seed={seed!r}; expected an integer >= 0 (and below 2**64)"
         raise ArgumentError(msg)
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(int(seed))
 
 
 def gaussian(space: VectorSpace, generator: torch.Generator) -> Tensor:
@@ -93,6 +95,9 @@ class Deflation:
     """
 
     def __init__(self, operator: SymmetricOperator, pairs: Any) -> None:
+        if not all(hasattr(pairs, name) for name in ("values", "vectors", "residuals")):
+            msg = f"deflate takes the Eigenpairs that eigsh returned, got a {type(pairs).__name__}"
+            raise ArgumentTypeError(msg)
         vectors, space = pairs.vectors, operator.space
         columns = vectors if isinstance(vectors, Tensor) else operator.from_numpy(vectors)
         if columns.shape[0] != space.n:
@@ -144,7 +149,7 @@ class Moments:
             return 0.0
         if len(samples) < 2:
             return math.inf
-        quantile = float(stats.t.ppf(0.5 + confidence / 2, len(samples) - 1))
+        quantile = float(special.stdtrit(len(samples) - 1, 0.5 + confidence / 2))
         return quantile * float(samples.std(ddof=1)) / math.sqrt(len(samples))
 
     def target(self, want: Moment, rtol: float, atol: float | None) -> float:
@@ -189,7 +194,7 @@ def sample_moments(
     begun
         Samples of earlier, independent probes to go on from; `max_matvecs` counts the new ones.
     """
-    _check_tolerances(rtol, atol, confidence, max_matvecs)
+    check_tolerances(rtol, atol, confidence, max_matvecs)
     space = operator.space
     generator = seeded(seed)
     known_trace = 0.0 if deflation is None else float(deflation.values.sum())
@@ -240,13 +245,12 @@ def _exact_moments(operator: SymmetricOperator, spent: int, bar: Any) -> Moments
     return Moments(np.array([trace]), np.array([square]), exact=True, matvecs=spent + space.n)
 
 
-def _check_tolerances(rtol: float, atol: float | None, confidence: float, max_matvecs: int) -> None:
+def check_tolerances(rtol: float, atol: float | None, confidence: float, max_matvecs: int) -> None:
+    """Refuse tolerances that mean nothing and budgets that tell no error."""
     if not (rtol >= 0 and (atol is None or atol >= 0)) or (rtol == 0 and not atol):
         msg = f"rtol={rtol}, atol={atol}; expected tolerances >= 0, at least one of them > 0"
         raise ArgumentError(msg)
-    if not 0 < confidence < 1:
-        msg = f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95"
-        raise ArgumentError(msg)
+    check_confidence(confidence)
     if max_matvecs < 2:
         msg = f"max_matvecs={max_matvecs}; an error estimate needs at least 2 probes"
         raise ArgumentError(msg)

@@ -147,9 +147,10 @@ def trace_estimate(
             )
         if half > target:
             needed = math.inf if target == 0 else math.ceil(count * (half / target) ** 2)
+            cure = "deflate=spectra.eigsh(H, …)" if deflation is None else "more eigenpairs"
             notes.append(
                 f"half-width {half:.2g} after {count} probes, {target:.2g} was asked for: that "
-                f"takes about {needed:,} probes, or fewer with deflate=spectra.eigsh(H, …)"
+                f"takes about {needed:,} probes, or fewer with {cure}"
             )
     return Estimate(
         quantity="trace",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from spectra.algorithms import probes as random_probes
-from spectra.algorithms.density import SpectralDensity, spectral_density
+from spectra.algorithms.density import SpectralDensity, check_counts, spectral_density
 from spectra.algorithms.eigen import Eigenpairs, Which, eigsh
 from spectra.algorithms.estimate import Estimate
 from spectra.algorithms.norms import frobenius_estimate, norm
@@ -112,7 +113,7 @@ def analyze(
     trace, density
         Whether to compute these (the Frobenius norm comes with the trace).
     max_matvecs
-        Most single probes for trace and Frobenius norm.
+        Most single probes for trace and Frobenius norm together.
     seed
         Of all random vectors.
     progress
@@ -128,14 +129,18 @@ def analyze(
         As `eigsh`, `spectral_density` and `trace` do.
     """
     operator = as_operator(H)
+    # All that later parts would refuse is refused now, before a product; eigsh comes first.
+    random_probes.seeded(seed)
+    random_probes.check_tolerances(rtol, None, 0.95, max_matvecs)
+    check_counts(steps, probes)
     # Independent streams for the parts: probes must not repeat the start vector's numbers.
-    streams = np.random.SeedSequence(seed).generate_state(2)
+    streams = np.random.SeedSequence(int(seed)).generate_state(3)
     run = _Run(operator)
-    value, gradient_norm = run.timed("gradient", lambda: _value_and_gradient_norm(operator))
     pairs = run.timed(
         "eigenpairs",
         lambda: eigsh(operator, k, which=which, tol=tol, ncv=ncv, seed=seed, progress=progress),
     )
+    value, gradient_norm = run.timed("gradient", lambda: _value_and_gradient_norm(operator))
     spectral = run.timed(
         "spectral norm", lambda: _spectral_norm(operator, pairs, seed=seed, progress=progress)
     )
@@ -167,27 +172,16 @@ def analyze(
         "versions": versions(),
     }
     if trace:
-        deflation = random_probes.Deflation(operator, pairs)
-        moments = run.timed(
-            "trace",
-            lambda: random_probes.sample_moments(
-                operator,
-                deflation,
-                want="trace",
-                rtol=rtol,
-                atol=None,
-                confidence=0.95,
-                max_matvecs=max_matvecs,
-                seed=int(streams[1]),
-                progress=progress,
-                begun=_begun(measure, deflation),
-            ),
-        )
-        trace_result = trace_estimate(
-            moments, deflation, rtol=rtol, atol=None, confidence=0.95, provenance=provenance
-        )
-        frobenius = frobenius_estimate(
-            moments, deflation, rtol=rtol, confidence=0.95, provenance=provenance
+        trace_result, frobenius = _trace_and_frobenius(
+            run,
+            operator,
+            pairs,
+            measure,
+            rtol=rtol,
+            max_matvecs=max_matvecs,
+            seeds=(int(streams[1]), int(streams[2])),
+            progress=progress,
+            provenance=provenance,
         )
     return Analysis(
         eigenpairs=pairs,
@@ -236,6 +230,7 @@ def _spectral_norm(
         return norm(operator, 2, seed=seed, progress=progress)
     place = int(np.argmax(np.abs(pairs.values)))
     value, residual = float(np.abs(pairs.values[place])), float(pairs.residuals[place])
+    residual += 4 * operator.space.eps * value
     upper = max([value + residual, *(abs(end) for end in ends if end is not None)])
     certified = complete or None not in ends
     return Estimate(
@@ -251,11 +246,64 @@ def _spectral_norm(
     )
 
 
+def _trace_and_frobenius(
+    run: _Run,
+    operator: SymmetricOperator,
+    pairs: Eigenpairs,
+    density: SpectralDensity | None,
+    *,
+    rtol: float,
+    max_matvecs: int,
+    seeds: tuple[int, int],
+    progress: bool | None,
+    provenance: dict[str, Any],
+) -> tuple[Estimate, Estimate]:
+    """Both from the same probes, as many as the trace needs and then as the norm still needs."""
+    deflation = random_probes.Deflation(operator, pairs)
+    sample = functools.partial(
+        random_probes.sample_moments,
+        operator,
+        deflation,
+        rtol=rtol,
+        atol=None,
+        confidence=0.95,
+        progress=progress,
+    )
+    moments = run.timed(
+        "trace",
+        lambda: sample(
+            want="trace",
+            max_matvecs=max_matvecs,
+            seed=seeds[0],
+            begun=_begun(density, deflation),
+        ),
+    )
+    trace = trace_estimate(
+        moments, deflation, rtol=rtol, atol=None, confidence=0.95, provenance=provenance
+    )
+    left = max_matvecs - moments.matvecs
+    if not moments.exact and left >= 2:
+        begun = moments
+        more = run.timed(
+            "Frobenius norm",
+            lambda: sample(want="square", max_matvecs=left, seed=seeds[1], begun=begun),
+        )
+        moments = replace(more, matvecs=begun.matvecs + more.matvecs)
+    frobenius = frobenius_estimate(
+        moments, deflation, rtol=rtol, confidence=0.95, provenance=provenance
+    )
+    if trace.matvecs:
+        note = f"{trace.matvecs} of its matvecs are those of the trace: the probes are the same"
+        frobenius = replace(frobenius, notes=(*frobenius.notes, note))
+    return trace, frobenius
+
+
 def _begun(
     density: SpectralDensity | None, deflation: random_probes.Deflation
 ) -> random_probes.Moments | None:
     """Samples of trace and square that the quadrature contains: its first two moments."""
-    if density is None or density.steps == 0:
+    if density is None or density.steps < 2:
+        # A rule of one node is exact to degree 1: it knows the trace, but not the square.
         return None
     squares = density.n * (density.weights * density.nodes**2).sum(axis=1) + deflation.square
     traces = density.moment_samples(1)

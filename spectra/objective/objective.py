@@ -31,10 +31,21 @@ from spectra.errors import (
     StochasticModelError,
 )
 from spectra.objective.losses import number_of_samples
-from spectra.objective.parameters import ParameterSpace, Selection, select_parameters
+from spectra.objective.parameters import (
+    NamedTensors,
+    ParameterSpace,
+    Selection,
+    all_parameters,
+    select_parameters,
+)
 
-__all__ = ["FunctionObjective", "ModelObjective", "Objective", "Part"]
+__all__ = ["FunctionObjective", "ModelObjective", "Objective", "Part", "reiterable"]
 
+_EVAL_OR_ALLOW = (
+    "Call model.eval() first; or pass allow_training_mode=True to freeze them, one draw for each "
+    "batch"
+)
+_DRAW_ONCE = "Draw them once, outside of the function"
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
@@ -54,6 +65,8 @@ class Objective(Protocol):
 
     parameters: list[Tensor]
     space: ParameterSpace
+    # The function as a message names it, such as "the loss supervised(MSELoss())".
+    function_name: str
 
     @property
     def model(self) -> nn.Module | None:
@@ -76,6 +89,10 @@ class Objective(Protocol):
         """Within it losses may be evaluated and differentiated; nothing is left changed."""
         ...
 
+    def named_parameters(self) -> NamedTensors:
+        """The parameters, each with all of its names, first the one it has in `space`."""
+        ...
+
     def state(self) -> tuple[Any, ...]:
         """Equal as long as no parameter or buffer was changed since."""
         ...
@@ -96,6 +113,7 @@ class FunctionObjective:
         tensors: Tensor | Sequence[Tensor],
         dtype: torch.dtype | None = None,
         names: Sequence[str] | None = None,
+        watched: Sequence[Tensor] = (),
     ) -> None:
         if isinstance(tensors, Tensor):
             tensors = [tensors]
@@ -112,7 +130,14 @@ class FunctionObjective:
             if not tensor.is_floating_point():
                 msg = f"tensor {i} has dtype {tensor.dtype}; derivatives need a real floating dtype"
                 raise ArgumentTypeError(msg)
+            if tensor.is_inference():
+                msg = f"tensor {i} was made under torch.inference_mode(); pass a clone made outside"
+                raise ArgumentError(msg)
         self._function = function
+        self._name = getattr(function, "__qualname__", type(function).__name__)
+        self.function_name = f"the function {self._name}"
+        # Tensors that the function reads besides its arguments: their changes count as changes.
+        self._watched = list(watched)
         # Fresh leaves on the caller's memory: later in-place changes are seen, and the caller's own
         # tensors, their grad and their graph stay out of it.
         self.parameters = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -121,6 +146,7 @@ class FunctionObjective:
 
     def parts(self) -> Iterator[Part]:
         """The function as a single part."""
+        _seed_generators(self.space.device, (0, 0))
         yield Part("the function", None, 1.0)
 
     def normaliser(self, total_weight: float) -> float:
@@ -129,7 +155,10 @@ class FunctionObjective:
 
     def loss(self, part: Part) -> Tensor:
         """The function's value, checked."""
-        return _checked_loss(lambda: self._function(*self.parameters), part)
+        with _random_draws_refused(
+            self.space.device, f"evaluating {self.function_name}", _DRAW_ONCE
+        ):
+            return _checked_loss(lambda: self._function(*self.parameters), part)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -137,14 +166,17 @@ class FunctionObjective:
         with _gradients_on(), _random_state_kept():
             yield
 
+    def named_parameters(self) -> NamedTensors:
+        """The tensors, one name each."""
+        return [([n], t) for n, t in zip(self.space.names, self.parameters, strict=True)]
+
     def state(self) -> tuple[Any, ...]:
         """Versions of the tensors."""
-        return _versions(self.parameters)
+        return _versions([*self.parameters, *self._watched])
 
     def describe(self) -> dict[str, Any]:
         """The function's name."""
-        name = getattr(self._function, "__qualname__", type(self._function).__name__)
-        return {"objective": "function", "function": name}
+        return {"objective": "function", "function": self._name}
 
 
 class ModelObjective:
@@ -179,17 +211,23 @@ class ModelObjective:
                 f"model and a batch; wrap it: spectra.losses.supervised({type(loss).__name__}())"
             )
             raise ArgumentTypeError(msg)
-        if microbatch is not None and microbatch < 1:
-            msg = f"microbatch={microbatch}; expected a number of samples of at least 1"
-            raise ArgumentError(msg)
+        if microbatch is not None:
+            if not isinstance(microbatch, int):
+                msg = f"microbatch={microbatch!r}; expected a whole number of samples"
+                raise ArgumentTypeError(msg)
+            if microbatch < 1:
+                msg = f"microbatch={microbatch}; expected a number of samples of at least 1"
+                raise ArgumentError(msg)
         self.model: nn.Module = model
         self.reduction = _reduction(reduction, loss)
         self._loss = loss
+        self._loss_name = getattr(loss, "__qualname__", repr(loss))
+        self.function_name = f"the loss {self._loss_name}"
         self._weight: Callable[[Any], float] = (
             getattr(loss, "weight", number_of_samples) if weight is None else weight
         )
         self._microbatch = microbatch
-        self._data = _reiterable(data, hold_data=hold_data)
+        self._data = reiterable(data, hold_data=hold_data)
         self._num_batches: int | None = None
         self._allow_training_mode = allow_training_mode
         selected = select_parameters(model, params)
@@ -209,8 +247,8 @@ class ModelObjective:
                 weight = self._weight_of(piece, name)
                 # A mean over no terms is nan in PyTorch, and counts for nothing here.
                 if weight > 0:
-                    if self._allow_training_mode:
-                        torch.manual_seed(_dropout_seed(index, place))
+                    # One fixed seed for each part: dropout draws the same mask in every product.
+                    _seed_generators(self.space.device, (index, place))
                     yield Part(name, piece, weight)
         if count == 0:
             known = self._num_batches
@@ -243,19 +281,41 @@ class ModelObjective:
 
     def loss(self, part: Part) -> Tensor:
         """The loss of one part, checked."""
-        return _checked_loss(lambda: self._loss(self.model, part.batch), part)
+        refused: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not self._allow_training_mode:
+            what = f"evaluating {self.function_name} on {part.label}"
+            refused = _random_draws_refused(self.space.device, what, _EVAL_OR_ALLOW)
+        with refused:
+            return _checked_loss(lambda: self._loss(self.model, part.batch), part)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Exactly the selected parameters require a gradient; everything is put back after."""
         self._check_mode()
+        before = [parameter._version for parameter in self.model.parameters()]
         with (
             _gradients_on(),
-            _random_state_kept(),
+            _random_state_kept(self._data),
             _buffers_kept(self.model),
             _requiring_grad(self.model, self.parameters),
+            _without_hooks(self.parameters),
         ):
+            # A loader that shuffles, and perhaps drops the rest, gives every pass the same batches.
+            _seed_generators(self.space.device, ())
             yield
+        for (name, parameter), version in zip(self.model.named_parameters(), before, strict=True):
+            if parameter._version != version:
+                msg = (
+                    f"evaluating {self.function_name} changed parameter {name!r} in place (as a "
+                    "clamp in forward() does, or an embedding with max_norm), so its derivatives "
+                    "are not those of a function; change the parameter once, before the analysis"
+                )
+                raise LossError(msg)
+
+    def named_parameters(self) -> NamedTensors:
+        """The selected parameters; tied ones have several names."""
+        chosen = {id(parameter) for parameter in self.parameters}
+        return [(names, p) for names, p in all_parameters(self.model) if id(p) in chosen]
 
     def state(self) -> tuple[Any, ...]:
         """Versions of all parameters and buffers, and the mode of every module."""
@@ -268,7 +328,7 @@ class ModelObjective:
             "objective": "model",
             "model": type(self.model).__name__,
             "model_parameters": sum(p.numel() for p in self.model.parameters()),
-            "loss": getattr(self._loss, "__qualname__", repr(self._loss)),
+            "loss": self._loss_name,
             "reduction": self.reduction,
             "batches": self._num_batches,
             "microbatch": self._microbatch,
@@ -282,8 +342,10 @@ class ModelObjective:
         name, problem, _ = problems[0]
         if not self._allow_training_mode:
             more = f" (and {len(problems) - 1} more such modules)" if len(problems) > 1 else ""
+            training = self.model.get_submodule(name).training
+            cure = "Call model.eval() first" if training else "Give it track_running_stats=True"
             msg = (
-                f"module {name!r} {problem}{more}. Call model.eval() first; or pass "
+                f"module {name!r} {problem}{more}. {cure}; or pass "
                 "allow_training_mode=True for the Hessian with frozen dropout masks and with the "
                 "statistics of each batch, which then depends on how the data are batched"
             )
@@ -299,7 +361,13 @@ class ModelObjective:
     def _weight_of(self, batch: Any, label: str) -> float:
         if self.reduction == "sum":
             return 1.0
-        weight = float(self._weight(batch))
+        try:
+            weight = float(self._weight(batch))
+        except SpectraError:
+            raise
+        except Exception as error:
+            msg = f"counting the terms of {label} raised {type(error).__name__}: {error}"
+            raise DataError(msg) from error
         if not (math.isfinite(weight) and weight >= 0):
             msg = f"the weight of {label} is {weight}; expected a finite number of terms >= 0"
             raise DataError(msg)
@@ -362,7 +430,16 @@ def _reduction(asked: str | None, loss: Any) -> str:
     return asked or own or "mean"
 
 
-def _reiterable(data: Any, *, hold_data: bool) -> Iterable[Any]:
+def reiterable(data: Any, *, hold_data: bool = False) -> Iterable[Any]:
+    """The data, once it is clear that they can be read again and again; or a list of them.
+
+    Raises
+    ------
+    ArgumentTypeError
+        The data are no iterable of batches.
+    DataError
+        They can be read only once, and `hold_data` is not asked for.
+    """
     if isinstance(data, Tensor | str | Mapping) or not isinstance(data, Iterable):
         msg = (
             f"data is a {type(data).__name__}, expected an iterable of batches; for a single "
@@ -370,8 +447,10 @@ def _reiterable(data: Any, *, hold_data: bool) -> Iterable[Any]:
         )
         raise ArgumentTypeError(msg)
     if hold_data:
-        return list(data)
-    if iter(data) is data:
+        with _random_state_kept(data):
+            return list(data)
+    # Asking for iter(data) instead would start a DataLoader, which draws from the global generator.
+    if isinstance(data, Iterator):
         msg = (
             f"data is a {type(data).__name__}, which can be read only once, but every product "
             "reads the data again; pass list(data) or a DataLoader, or hold_data=True to keep the "
@@ -395,7 +474,8 @@ def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
-    return _map_tensors(batch, lambda tensor: tensor.to(device))
+    # A tensor made under inference_mode cannot enter a graph; its clone can.
+    return _map_tensors(batch, lambda t: (t.clone() if t.is_inference() else t).to(device))
 
 
 def _leading_dimension(batch: Any, label: str) -> int:
@@ -415,9 +495,33 @@ def _leading_dimension(batch: Any, label: str) -> int:
     return sizes.pop()
 
 
-def _dropout_seed(index: int, place: int) -> int:
-    """One fixed seed for every part, so that dropout draws the same mask in every product."""
-    return int(np.random.SeedSequence((index, place)).generate_state(1, np.uint64)[0] >> 1)
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """The global generators that operations on a device draw from."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    return generators
+
+
+def _seed_generators(device: torch.device, place: tuple[int, ...]) -> None:
+    seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
+    for generator in _generators(device):
+        generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _random_draws_refused(device: torch.device, what: str, cure: str) -> Iterator[None]:
+    """Refuse draws from the global generators, unless they were seeded anew: then they repeat."""
+    generators = _generators(device)
+    before = [(g.initial_seed(), g.get_state()) for g in generators]
+    yield
+    for generator, (seed, state) in zip(generators, before, strict=True):
+        if generator.initial_seed() == seed and not torch.equal(generator.get_state(), state):
+            msg = (
+                f"{what} drew random numbers (dropout called as a function, noise, a sample), so "
+                f"that it is another function every time. {cure}"
+            )
+            raise StochasticModelError(msg)
 
 
 def _stochastic_modules(model: nn.Module) -> list[tuple[str, str, bool]]:
@@ -461,7 +565,11 @@ def _drop_rate(module: nn.Module) -> float:
 
 
 def _versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple((tensor._version, tensor.data_ptr()) for tensor in tensors)
+    # Memory may be exchanged without a new version, by .data; sparse tensors tell no address.
+    return tuple(
+        (tensor._version, tensor.data_ptr() if tensor.layout == torch.strided else 0)
+        for tensor in tensors
+    )
 
 
 @contextlib.contextmanager
@@ -472,8 +580,16 @@ def _gradients_on() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Put the global random state back: shuffling loaders and dropout draw from it."""
+def _random_state_kept(data: Any = None) -> Iterator[None]:
+    """Put the random state back, the global one and that of a loader's own generators.
+
+    Shuffling loaders and dropout draw from it.
+    """
+    holders = [data, getattr(data, "sampler", None)]
+    generators = [
+        g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)
+    ]
+    states = [generator.get_state() for generator in generators]
     # Augmentations of loaders still draw from NumPy's legacy state.
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
@@ -483,6 +599,8 @@ def _random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 @contextlib.contextmanager
@@ -499,8 +617,12 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, version, copy in kept:
-                if buffer._version != version:
-                    buffer.copy_(copy)
+                # Batch norm changes its statistics without counting it as a new version.
+                if buffer._version != version or (
+                    module.training and not torch.equal(buffer, copy)
+                ):
+                    # Through .data, which counts as no version: retained graphs stay valid.
+                    buffer.data.copy_(copy)
                 module._buffers[name] = buffer
 
 
@@ -518,3 +640,17 @@ def _requiring_grad(model: nn.Module, chosen: list[Tensor]) -> Iterator[None]:
         for parameter, required in before:
             if parameter.requires_grad != required:
                 parameter.requires_grad_(required)
+
+
+@contextlib.contextmanager
+def _without_hooks(parameters: list[Tensor]) -> Iterator[None]:
+    """Take the hooks off some parameters: they log gradients, or change them without a trace."""
+    hooks = [p._backward_hooks for p in parameters if p._backward_hooks]
+    kept = [dict(registered) for registered in hooks]
+    try:
+        for registered in hooks:
+            registered.clear()
+        yield
+    finally:
+        for registered, functions in zip(hooks, kept, strict=True):
+            registered.update(functions)

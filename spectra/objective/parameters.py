@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -14,9 +14,18 @@ from torch.nn.parameter import UninitializedParameter
 from spectra.errors import ArgumentError, ArgumentTypeError, ParameterSelectionError
 from spectra.objective.vectors import VectorSpace
 
-__all__ = ["ParameterSpace", "Selection", "select_parameters"]
+__all__ = [
+    "NamedTensors",
+    "ParameterSpace",
+    "Selection",
+    "all_parameters",
+    "matching",
+    "select_parameters",
+]
 
 Selection: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
+# Tensors, each with all of its names: a tied tensor has several.
+NamedTensors: TypeAlias = Sequence[tuple[Sequence[str], Tensor]]
 
 
 class ParameterSpace(VectorSpace):
@@ -118,53 +127,83 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, T
         Nothing is selected, a glob matches nothing, or a selected parameter cannot be
         differentiated (integer, complex, sparse, not initialised, or without memory).
     """
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        tensors[id(parameter)] = parameter
-    aliases = [(names[key], tensors[key]) for key in names]
+    aliases = all_parameters(model)
     if not aliases:
         msg = f"{type(model).__name__} has no parameters at all"
         raise ParameterSelectionError(msg)
-
+    for names, parameter in aliases:
+        # Selected or not: the first forward pass would change the model.
+        if isinstance(parameter, UninitializedParameter):
+            msg = f"parameter {names[0]!r} is not initialised yet; run the model once on a batch"
+            raise ParameterSelectionError(msg)
     if params is None:
-        chosen = [(n, p) for n, p in aliases if p.requires_grad]
+        chosen: NamedTensors = [(names, p) for names, p in aliases if p.requires_grad]
         if not chosen:
             msg = (
                 f"none of the {len(aliases)} parameters of {type(model).__name__} requires a "
                 "gradient; unfreeze some, or select frozen ones with params='*'"
             )
             raise ParameterSelectionError(msg)
-    elif callable(params):
-        chosen = [(n, p) for n, p in aliases if any(params(name, p) for name in n)]
-        if not chosen:
-            msg = f"the function given as params selected none of {len(aliases)} parameters"
-            raise ParameterSelectionError(msg)
     else:
-        globs = [params] if isinstance(params, str) else list(params)
-        for glob in globs:
-            if not isinstance(glob, str):
-                msg = f"params holds a {type(glob).__name__}; expected globs over parameter names"
-                raise ArgumentTypeError(msg)
-            if not any(fnmatch.fnmatchcase(name, glob) for n, _ in aliases for name in n):
-                known = [name for n, _ in aliases for name in n]
-                raise ParameterSelectionError(_no_match(glob, known))
-        chosen = [
-            (n, p)
-            for n, p in aliases
-            if any(fnmatch.fnmatchcase(name, glob) for name in n for glob in globs)
-        ]
-        if not chosen:
-            msg = "params is an empty list; give at least one glob, or None for all"
-            raise ParameterSelectionError(msg)
-
-    selected = {n[0]: p for n, p in chosen}
-    for name, tensor in selected.items():
-        if problem := _cannot_differentiate(tensor):
+        chosen = matching(aliases, params)
+    selected = {names[0]: p for names, p in chosen}
+    for name, parameter in selected.items():
+        if problem := _cannot_differentiate(parameter):
             msg = f"parameter {name!r} {problem}; leave it out with params="
             raise ParameterSelectionError(msg)
     return selected
+
+
+def all_parameters(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Every parameter of a model once, with all of its names."""
+    found: dict[int, tuple[list[str], Tensor]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(found.values())
+
+
+def matching(
+    tensors: NamedTensors, params: str | Sequence[str] | Callable[[str, Tensor], bool]
+) -> list[tuple[Sequence[str], Tensor]]:
+    """Those of some named tensors that globs or a function select, in their own order.
+
+    Raises
+    ------
+    ArgumentTypeError
+        `params` is neither globs nor a function.
+    ParameterSelectionError
+        Nothing is selected, or a glob matches nothing.
+    """
+    if callable(params) and not isinstance(params, nn.Module):
+        chosen = [(names, p) for names, p in tensors if any(params(name, p) for name in names)]
+        if not chosen:
+            msg = f"the function given as params selected none of {len(tensors)} parameters"
+            raise ParameterSelectionError(msg)
+        return chosen
+    if isinstance(params, Tensor | nn.Module) or not isinstance(params, Iterable):
+        msg = (
+            f"params is a {type(params).__name__}; expected a glob over parameter names such as "
+            "'layers.0.*', a list of globs, or a function (name, parameter) -> bool"
+        )
+        raise ArgumentTypeError(msg)
+    globs = [params] if isinstance(params, str) else list(params)
+    for glob in globs:
+        if not isinstance(glob, str):
+            msg = f"params holds a {type(glob).__name__}; expected globs over parameter names"
+            raise ArgumentTypeError(msg)
+        if not any(fnmatch.fnmatchcase(name, glob) for names, _ in tensors for name in names):
+            raise ParameterSelectionError(
+                _no_match(glob, [n for names, _ in tensors for n in names])
+            )
+    chosen = [
+        (names, p)
+        for names, p in tensors
+        if any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
+    ]
+    if not chosen:
+        msg = "params is an empty list; give at least one glob, or None for all"
+        raise ParameterSelectionError(msg)
+    return chosen
 
 
 def _no_match(glob: str, names: list[str]) -> str:
@@ -174,13 +213,11 @@ def _no_match(glob: str, names: list[str]) -> str:
         near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
     return (
         f"no parameter matches {glob!r}. Near matches: {', '.join(repr(name) for name in near)}; "
-        f"the model has {len(names)} parameter names, see model.named_parameters()"
+        f"there are {len(names)} parameter names, see model.named_parameters()"
     )
 
 
 def _cannot_differentiate(parameter: Tensor) -> str | None:
-    if isinstance(parameter, UninitializedParameter):
-        return "is not initialised yet (run the lazy module once on a batch)"
     if parameter.dtype.is_complex:
         return f"is complex ({parameter.dtype}), and spectra analyses real parameters"
     if not parameter.dtype.is_floating_point:
@@ -189,4 +226,7 @@ def _cannot_differentiate(parameter: Tensor) -> str | None:
         return f"is stored as {parameter.layout}, and flat vectors need dense parameters"
     if parameter.device.type == "meta":
         return "is on the meta device, without numbers (load the weights first)"
+    if parameter.is_inference():
+        # Autograd does not record such a tensor, without a word.
+        return "was created under torch.inference_mode() (build or load the model outside of it)"
     return None

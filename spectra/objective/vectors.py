@@ -14,7 +14,7 @@ __all__ = ["VectorSpace"]
 
 # Entries summed in the vectors' own dtype before a float64 accumulator takes over. Small enough to
 # keep the error of a block near eps, large enough that the loop over blocks costs nothing.
-_BLOCK = 1 << 14
+_BLOCK = 1 << 16
 
 
 class VectorSpace:

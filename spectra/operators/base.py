@@ -208,14 +208,15 @@ class SymmetricOperator(LinearOperator):
     def _checked_products(self, rows: Tensor) -> Tensor:
         products = self._products(rows)
         self.matvecs += len(rows)
-        bad = int((~torch.isfinite(products)).sum())
-        if bad:
+        bad = (~torch.isfinite(products)).sum(dim=1)
+        if bool(bad.any()):
             if not bool(torch.isfinite(rows).all()):
                 msg = "the vector to multiply holds nan or inf"
                 raise NonFiniteError(msg)
+            first = int(bad.nonzero()[0])
             msg = (
-                f"matvec {self.matvecs} returned {bad} non-finite of {products.numel()} entries; "
-                f"{self._culprit()}"
+                f"matvec {self.matvecs - len(rows) + first + 1} returned {int(bad[first])} "
+                f"non-finite of {self.space.n} entries; {self._culprit()}"
             )
             raise NonFiniteError(msg)
         return products
@@ -245,8 +246,13 @@ class ForeignOperator(SymmetricOperator):
         super().__init__(VectorSpace(operator.shape[0], torch.float32 if single else torch.float64))
 
     def _products(self, rows: Tensor) -> Tensor:
-        products = self.operator @ rows.numpy().T
-        return torch.from_numpy(np.ascontiguousarray(np.asarray(products).T, dtype=self.dtype))
+        if isinstance(self.operator, LinearOperator):
+            # One vector at a time: SciPy's `@` hands (n, 1) columns to a matvec, which broadcasting
+            # as in `diagonal * x` turns into an n x n matrix. `stack` copies what may be x itself.
+            products = np.stack([self.operator.matvec(row) for row in rows.numpy()])
+        else:
+            products = (self.operator @ rows.numpy().T).T
+        return torch.from_numpy(np.ascontiguousarray(products, dtype=self.dtype))
 
     def _culprit(self) -> str:
         return f"the {type(self.operator).__name__} given to spectra returned it"
@@ -287,6 +293,9 @@ def as_operator(matrix: Any) -> SymmetricOperator:
         if matrix.dtype.is_complex:
             msg = f"the matrix is complex ({matrix.dtype}); spectra takes real symmetric ones"
             raise ArgumentTypeError(msg)
+        if matrix.layout != torch.strided:
+            msg = f"the matrix is {matrix.layout}; pass a SciPy sparse matrix, or its .to_dense()"
+            raise ArgumentTypeError(msg)
         dense = matrix.detach()
         dense = dense if dense.dtype in _NUMPY_DTYPES else dense.double()
         _check_matrix(dense)
@@ -298,6 +307,8 @@ def as_operator(matrix: Any) -> SymmetricOperator:
     if isinstance(matrix, LinearOperator):
         return ForeignOperator(matrix)
     if scipy.sparse.issparse(matrix):
+        # In the one format that has all of the operations below; numbers that can be subtracted.
+        matrix = matrix.tocsr().astype(dtype if dtype == np.float32 else np.float64)
         largest = abs(matrix).max()
         if not np.isfinite(largest):
             msg = "the sparse matrix holds nan or inf"

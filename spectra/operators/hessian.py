@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spectra.errors import ParameterSelectionError, SpectraError
-from spectra.objective.objective import FunctionObjective, ModelObjective, Objective
-from spectra.objective.parameters import ParameterSpace, Selection
+from spectra.errors import ArgumentTypeError, SpectraError
+from spectra.objective.objective import FunctionObjective, ModelObjective, Objective, reiterable
+from spectra.objective.parameters import ParameterSpace, Selection, matching
 from spectra.operators.base import SymmetricOperator
 from spectra.oracle.hvp import Graph, HvpOracle
 
@@ -102,7 +101,7 @@ class HessianOperator(SymmetricOperator):
                 dtype=dtype,
             )
 
-        batches = list(data) if hold_data else data
+        batches = reiterable(data, hold_data=hold_data)
         self._set_up(restricted_to(params), graph, restricted_to)
 
     @classmethod
@@ -126,6 +125,9 @@ class HessianOperator(SymmetricOperator):
         tensor([[2., 2.],
                 [2., 6.]])
         """
+        if not isinstance(tensors, Iterable):
+            msg = f"tensors is a {type(tensors).__name__}; expected a tensor or a list of tensors"
+            raise ArgumentTypeError(msg)
         points = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         names = [f"tensor{i}" for i in range(len(points))]
 
@@ -134,13 +136,14 @@ class HessianOperator(SymmetricOperator):
             free = [i for i, name in enumerate(names) if selection(name, points[i])]
 
             def partial(*values: Tensor) -> Tensor:
-                arguments = list(points)
+                # Detached: whatever produced the fixed tensors is no part of the function.
+                arguments = [point.detach() for point in points]
                 for i, value in zip(free, values, strict=True):
                     arguments[i] = value
                 return f(*arguments)
 
             chosen = [points[i] for i in free]
-            return FunctionObjective(partial, chosen, dtype, [names[i] for i in free])
+            return FunctionObjective(partial, chosen, dtype, [names[i] for i in free], points)
 
         operator = cls.__new__(cls)
         operator._set_up(FunctionObjective(f, points, dtype), graph, restricted_to)
@@ -170,23 +173,15 @@ class HessianOperator(SymmetricOperator):
         """The principal submatrix of the parameters that `params` selects among the present ones.
 
         It is an operator of its own; its products are cheaper where the graph to them is shorter.
+
+        Raises
+        ------
+        ParameterSelectionError
+            Nothing is selected, or a glob matches none of the present parameters.
         """
-        names = self.space.names
-        if isinstance(params, str):
-            params = [params]
-        if params is None or callable(params):
-            chosen = params
-        else:
-            globs = list(params)
-            chosen = lambda name, _: any(fnmatch.fnmatchcase(name, g) for g in globs)  # noqa: E731
-        tensors = dict(zip(names, self.objective.parameters, strict=True))
-        kept = {n for n, t in tensors.items() if chosen is None or chosen(n, t)}
-        if not kept:
-            msg = (
-                f"the block {params!r} selects none of the {len(names)} parameters, such as "
-                f"{names[0]!r}"
-            )
-            raise ParameterSelectionError(msg)
+        present = self.objective.named_parameters()
+        chosen = present if params is None else matching(present, params)
+        kept = {names[0] for names, _ in chosen}
         operator = type(self).__new__(type(self))
         operator._set_up(
             self._restricted_to(lambda name, _: name in kept),

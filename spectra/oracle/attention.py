@@ -15,7 +15,8 @@ def differentiable_attention() -> Iterator[None]:
     """Within it, `scaled_dot_product_attention` uses the kernel made of elementary operations.
 
     The fused kernels (flash, memory-efficient, cuDNN) compute the same function but have no second
-    derivative. Only the forward pass needs the context.
+    derivative. Forward passes need the context, those that activation checkpointing repeats in the
+    backward among them.
     """
     # A priority list that still contains a fused kernel fails: the math kernel has to be alone.
     with sdpa_kernel(SDPBackend.MATH):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from spectra.errors import DoubleBackwardError
 
@@ -32,6 +33,8 @@ _BAD_NODES = (
         "is reentrant activation checkpointing, which loses the gradient of its parameters",
     ),
 )
+# The code that all functions decorated with once_differentiable share.
+_ONCE_DIFFERENTIABLE = once_differentiable(lambda context: None).__code__
 _REMEDIES = (
     ("WeightNorm", "use weight_norm with dim=None, or compute g * v / v.norm() yourself"),
     ("weight_norm", "use weight_norm with dim=None, or compute g * v / v.norm() yourself"),
@@ -39,6 +42,7 @@ _REMEDIES = (
     ("once_differentiable", "remove the decorator and make the backward differentiable"),
     ("scaled_dot_product", "use an attention implementation of elementary operations ('eager')"),
     ("cudnn_rnn", "wrap the loss in torch.backends.cudnn.flags(enabled=False)"),
+    ("inplace operation", "do not overwrite what a derivative needs (inplace=False)"),
     ("torch.compile", "pass the model before compilation (model._orig_mod)"),
     ("aot_autograd", "pass the model before compilation (model._orig_mod)"),
 )
@@ -57,11 +61,20 @@ def refuse_bad_modules(model: nn.Module | None) -> None:
     if model is None:
         return
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        if not isinstance(module, nn.Embedding):
+            continue
+        if module.max_norm is not None:
             msg = (
                 f"module {name!r} (Embedding with max_norm) rescales its weights in place during "
                 "the forward pass, so products would be wrong; rescale once and set "
                 "max_norm = None"
+            )
+            raise DoubleBackwardError(msg)
+        if module.scale_grad_by_freq:
+            msg = (
+                f"module {name!r} (Embedding with scale_grad_by_freq) returns something else than "
+                "the gradient of the loss, so products would be wrong; set scale_grad_by_freq = "
+                "False"
             )
             raise DoubleBackwardError(msg)
 
@@ -84,24 +97,38 @@ def refuse_bad_nodes(
     """
     for node in _nodes([loss, *(g for g in gradients if g is not None)]):
         name = node.name()
+        if _is_once_differentiable(node):
+            name = f"torch::autograd::Error, {name}"
         for bad, reason in _BAD_NODES:
             if bad in name:
                 raise DoubleBackwardError(_message(locate(), f"({name}) {reason}", name + reason))
 
 
+def _is_once_differentiable(node: Any) -> bool:
+    """Whether a node of the graph is a custom function that carries the decorator.
+
+    Its derivative is an Error node only where the incoming gradient depends on the parameters;
+    where that is constant, at the end of a loss, the function vanishes from the graph.
+    """
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE
+
+
 def explain_failure(error: Exception, locate: Callable[[], str]) -> DoubleBackwardError:
     """The exception to raise in place of PyTorch's own, with the module and the remedy."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = text.rstrip(".")
     return DoubleBackwardError(_message(locate(), f"cannot be differentiated twice: {text}", text))
 
 
-def locate_culprit(model: nn.Module | None, evaluate: Callable[[], Tensor]) -> str:
+def locate_culprit(model: nn.Module | None, evaluate: Callable[[], Tensor], function: str) -> str:
     """Name the innermost module that cannot be differentiated twice on its own.
 
-    Each module is run again by itself on the inputs it gets in `evaluate()`.
+    Each module is run again by itself on the inputs it gets in `evaluate()`. If none is to blame,
+    it is the `function` around them: the loss.
     """
     if model is None:
-        return "an operation of the function"
+        return f"an operation of {function}"
     calls: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     handles = [
         module.register_forward_hook(
@@ -123,7 +150,7 @@ def locate_culprit(model: nn.Module | None, evaluate: Callable[[], Tensor]) -> s
     for name, module, args, kwargs in calls:
         if not _twice_differentiable(module, args, kwargs):
             return f"module {name!r} ({type(module).__name__})" if name else "the model itself"
-    return "an operation of the loss function"
+    return f"an operation of {function}"
 
 
 def _twice_differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -135,6 +162,8 @@ def _twice_differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict
             if leaf.is_floating_point():
                 leaf.requires_grad_()
                 inputs.append(leaf)
+                # A module may work in place, which autograd allows on a clone but not on a leaf.
+                return leaf.clone()
             return leaf
         if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
             return type(value)(detached(item) for item in value)

@@ -53,24 +53,26 @@ class HvpOracle:
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L and its gradient, flat (n,), in one pass of ordinary gradients over the data."""
         space = self.objective.space
-        gradient = space.zeros()
-        views = space.views(gradient)
-        value, total = 0.0, 0.0
-        with self.objective.evaluating():
+        value, total, depends = 0.0, 0.0, False
+        with self.objective.evaluating(), differentiable_attention():
+            # In here: a tensor made under inference_mode could not be changed outside of it.
+            gradient = space.zeros()
+            views = space.views(gradient)
             for part in self.objective.parts():
-                with differentiable_attention():
-                    loss = self.objective.loss(part)
-                gradients = self._first_derivative(loss, create_graph=False)
+                loss = self.objective.loss(part)
+                gradients = self._first_derivative(part, loss, create_graph=False)
                 _accumulate(views, gradients, part.weight)
                 value += part.weight * float(loss.detach())
                 total += part.weight
+                depends = depends or any(g is not None for g in gradients)
         normaliser = self.objective.normaliser(total)
+        self._require_dependence(depends)
         return value / normaliser, gradient.div_(normaliser)
 
     def value(self) -> float:
         """L alone, without any derivative."""
         value, total = 0.0, 0.0
-        with self.objective.evaluating(), torch.no_grad():
+        with self.objective.evaluating(), differentiable_attention(), torch.no_grad():
             for part in self.objective.parts():
                 value += part.weight * float(self.objective.loss(part))
                 total += part.weight
@@ -90,11 +92,13 @@ class HvpOracle:
             An operation has no second derivative, or a wrong one; the message names the module.
         """
         space = self.objective.space
-        out = space.zeros(len(vectors))
-        targets = [space.views(row) for row in out]
         directions = [space.views(row) for row in vectors]
         total, depends = 0.0, False
-        with self.objective.evaluating():
+        # Around the backward too: activation checkpointing runs the forward pass again there.
+        with self.objective.evaluating(), differentiable_attention():
+            # In here: a tensor made under inference_mode could not be changed outside of it.
+            out = space.zeros(len(vectors))
+            targets = [space.views(row) for row in out]
             for graph in self._graphs():
                 for i, (target, direction) in enumerate(zip(targets, directions, strict=True)):
                     keep = self.graph == "retained" or i + 1 < len(directions)
@@ -103,14 +107,7 @@ class HvpOracle:
                 total += graph.part.weight
                 depends = depends or graph.depends
         normaliser = self.objective.normaliser(total)
-        if not depends:
-            msg = (
-                "the loss does not depend on the selected parameters: its gradient by all of "
-                f"{len(self.objective.parameters)} of them is absent. Look for .detach(), "
-                ".item(), torch.no_grad() or NumPy between parameters and loss, or select others "
-                "with params="
-            )
-            raise LossError(msg)
+        self._require_dependence(depends)
         if self.graph == "retained":
             self._retained_state = self.objective.state()
         self._checked = True
@@ -123,9 +120,10 @@ class HvpOracle:
 
     def find_non_finite(self) -> str | None:
         """Label of the first part whose loss or gradient is not finite, if there is one."""
-        with self.objective.evaluating():
+        with self.objective.evaluating(), differentiable_attention():
             for part in self.objective.parts():
-                gradients = self._first_derivative(self.objective.loss(part), create_graph=False)
+                loss = self.objective.loss(part)
+                gradients = self._first_derivative(part, loss, create_graph=False)
                 if any(g is not None and not bool(torch.isfinite(g).all()) for g in gradients):
                     return part.label
         return None
@@ -145,22 +143,25 @@ class HvpOracle:
         self._retained = graphs
 
     def _gradient_graph(self, part: Part) -> _GradientGraph:
-        with differentiable_attention():
-            loss = self.objective.loss(part)
-        try:
-            gradients = self._first_derivative(loss, create_graph=True)
-        except RuntimeError as error:
-            raise self._explained(error, part) from error
+        loss = self.objective.loss(part)
+        gradients = self._first_derivative(part, loss, create_graph=True)
         if not self._checked:
             diagnose.refuse_bad_nodes(loss, gradients, lambda: self._locate(part))
         return _GradientGraph(part, gradients)
 
-    def _first_derivative(self, loss: Tensor, *, create_graph: bool) -> tuple[Tensor | None, ...]:
+    def _first_derivative(
+        self, part: Part, loss: Tensor, *, create_graph: bool
+    ) -> tuple[Tensor | None, ...]:
         if not loss.requires_grad:
             return (None,) * len(self.objective.parameters)
-        return torch.autograd.grad(
-            loss, self.objective.parameters, create_graph=create_graph, allow_unused=True
-        )
+        try:
+            return torch.autograd.grad(
+                loss, self.objective.parameters, create_graph=create_graph, allow_unused=True
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise self._explained(error, part) from error
 
     def _second_derivative(
         self, graph: _GradientGraph, direction: list[Tensor], *, keep_graph: bool
@@ -188,22 +189,31 @@ class HvpOracle:
         except RuntimeError as error:
             raise self._explained(error, graph.part) from error
 
+    def _require_dependence(self, depends: bool) -> None:
+        if not depends:
+            msg = (
+                "the loss does not depend on the selected parameters: its gradient by all of "
+                f"{len(self.objective.parameters)} of them is absent. Look for .detach(), "
+                ".item(), torch.no_grad() or NumPy between parameters and loss, or select others "
+                "with params="
+            )
+            raise LossError(msg)
+
     def _explained(self, error: RuntimeError, part: Part) -> Exception:
-        if isinstance(error, torch.OutOfMemoryError):
-            return error
         return diagnose.explain_failure(error, lambda: self._locate(part))
 
     def _locate(self, part: Part) -> str:
-        with differentiable_attention():
-            return diagnose.locate_culprit(self.objective.model, lambda: self.objective.loss(part))
+        objective = self.objective
+        return diagnose.locate_culprit(
+            objective.model, lambda: objective.loss(part), objective.function_name
+        )
 
 
 class _GradientGraph:
     """The gradient of one part with the graph that produced it."""
 
     def __init__(self, part: Part, gradients: tuple[Tensor | None, ...]) -> None:
-        # Without the batch itself: what the graph needs of it, the graph holds.
-        self.part = Part(part.label, part.batch, part.weight)
+        self.part = part
         self.gradients = gradients
 
     @property

@@ -1,0 +1,266 @@
+"""Where does a run live? In a directory: a summary for machines, and the result itself.
+
+`run.json` holds every number with its error; `analysis.json` and `analysis.safetensors` hold the
+result as `Result.save` writes it, eigenvectors included. `run.json` is written last, so a directory
+that has one is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spectra.algorithms.density import SpectralDensity
+from spectra.algorithms.eigen import Eigenpairs
+from spectra.algorithms.estimate import Estimate
+from spectra.analysis.analyze import Analysis
+from spectra.errors import StorageError
+from spectra.results import load
+
+__all__ = ["check_directory", "read_run", "read_summary", "summarize", "write_run"]
+
+FORMAT_VERSION = 1
+_SUMMARY, _RESULT = "run.json", "analysis"
+_FILES = (_SUMMARY, f"{_RESULT}.json", f"{_RESULT}.safetensors")
+# The quantiles of the density that the summary lists.
+_SHARES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+
+def check_directory(directory: str | Path, *, overwrite: bool = False) -> None:
+    """Whether a run can be written to `directory`: to be asked before a long computation.
+
+    Nothing is left behind.
+
+    Raises
+    ------
+    StorageError
+        It holds a run already and `overwrite` is false, or it cannot be made or written to.
+    """
+    directory = Path(directory)
+    present = [name for name in _FILES if (directory / name).exists()]
+    if present and not overwrite:
+        msg = (
+            f"{str(directory)!r} holds a run already ({present[0]}); name another directory, or "
+            "allow it to be overwritten (--overwrite, overwrite=True)"
+        )
+        raise StorageError(msg)
+    made = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        if made:
+            directory.rmdir()
+    except OSError as error:
+        msg = f"cannot write to the directory {str(directory)!r}: {error.strerror}; name another"
+        raise StorageError(msg) from error
+
+
+def write_run(
+    analysis: Analysis,
+    directory: str | Path,
+    *,
+    title: str = "",
+    source: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    vector_limit: int = 1 << 30,
+) -> dict[str, Any]:
+    """Write an analysis to a directory, which is made if need be.
+
+    Parameters
+    ----------
+    title, source
+        What was analysed, for people and as JSON, kept in the summary.
+    overwrite
+        Replace a run that is there already.
+    vector_limit
+        Eigenvectors of more bytes than this are left out, and the result says so.
+
+    Returns
+    -------
+    dict
+        The summary, as in `run.json`.
+
+    Raises
+    ------
+    StorageError
+        As `check_directory`; or the disk is full.
+    """
+    directory = Path(directory)
+    check_directory(directory, overwrite=overwrite)
+    kept = _without_large_vectors(analysis, vector_limit)
+    summary = summarize(kept, title=title, source=source)
+    try:
+        for name in _FILES:
+            (directory / name).unlink(missing_ok=True)
+        kept.save(directory / _RESULT)
+        text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
+        (directory / _SUMMARY).write_text(text + "\n", encoding="utf-8")
+    except StorageError:
+        raise
+    except OSError as error:
+        msg = f"could not write the run to {str(directory)!r}: {error.strerror}"
+        raise StorageError(msg) from error
+    return summary
+
+
+def read_run(directory: str | Path) -> Analysis:
+    """The analysis that `write_run` wrote to a directory.
+
+    Raises
+    ------
+    StorageError
+        There is no run, or its files are damaged or from a newer version of spectra.
+    """
+    read_summary(directory)
+    result = load(Path(directory) / _RESULT)
+    if not isinstance(result, Analysis):
+        msg = (
+            f"{str(directory)!r} holds a result of kind {type(result).__name__}, expected Analysis"
+        )
+        raise StorageError(msg)
+    return result
+
+
+def read_summary(directory: str | Path) -> dict[str, Any]:
+    """The summary that `write_run` wrote to a directory.
+
+    Raises
+    ------
+    StorageError
+        As `read_run`.
+    """
+    path = Path(directory) / _SUMMARY
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        msg = (
+            f"{str(directory)!r} holds no run of spectra ({_SUMMARY} is missing); make one with "
+            "`spectra analyze TARGET --out DIR`"
+        )
+        raise StorageError(msg) from error
+    except (OSError, ValueError, RecursionError) as error:
+        msg = f"{str(path)!r} is damaged: {error}"
+        raise StorageError(msg) from error
+    found = summary.get("format") if isinstance(summary, dict) else None
+    if found != FORMAT_VERSION:
+        msg = (
+            f"{str(path)!r} has format {found!r}, this version of spectra reads format "
+            f"{FORMAT_VERSION}; update spectra, or name a directory that it wrote"
+        )
+        raise StorageError(msg)
+    return dict(summary)
+
+
+def summarize(
+    analysis: Analysis, *, title: str = "", source: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Every number of an analysis with its error, as JSON; null where there is no finite number."""
+    provenance = analysis.provenance
+    summary = {
+        "format": FORMAT_VERSION,
+        "title": title,
+        "source": dict(source or {}),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "converged": analysis.converged,
+        "operator": provenance.get("operator"),
+        "loss": analysis.value,
+        "gradient_norm": analysis.gradient_norm,
+        "eigenpairs": _eigenpairs(analysis.eigenpairs),
+        "spectral_norm": _estimate(analysis.spectral_norm),
+        "trace": _estimate(analysis.trace),
+        "frobenius_norm": _estimate(analysis.frobenius_norm),
+        "density": _density(analysis.density),
+        "matvecs": {"total": analysis.total_matvecs, **analysis.matvecs},
+        "seconds": {"total": sum(analysis.seconds.values()), **analysis.seconds},
+        "options": provenance.get("options"),
+        "seed": provenance.get("seed"),
+        "versions": provenance.get("versions"),
+    }
+    finite: dict[str, Any] = _finite(summary)
+    return finite
+
+
+def _eigenpairs(pairs: Eigenpairs) -> dict[str, Any]:
+    return {
+        "values": pairs.values.tolist(),
+        "residuals": pairs.residuals.tolist(),
+        "converged": pairs.converged.tolist(),
+        "which": pairs.which,
+        "tol": pairs.tol,
+        "no_eigenvalue_above": pairs.no_eigenvalue_above,
+        "no_eigenvalue_below": pairs.no_eigenvalue_below,
+        "certificate_confidence": pairs.certificate_confidence,
+        "vectors_saved": pairs.vectors.shape[1] == len(pairs),
+        "matvecs": pairs.matvecs,
+        "notes": list(pairs.notes),
+    }
+
+
+def _estimate(estimate: Estimate | None) -> dict[str, Any] | None:
+    if estimate is None:
+        return None
+    bounded = estimate.bounds is not None
+    return {
+        "value": estimate.value,
+        "standard_error": estimate.standard_error,
+        "interval": list(estimate.bounds or estimate.interval()),
+        "confidence": estimate.bounds_confidence if bounded else estimate.confidence,
+        "exact": estimate.exact,
+        "converged": estimate.converged,
+        "method": estimate.method,
+        "probes": len(estimate.samples),
+        "matvecs": estimate.matvecs,
+        "notes": list(estimate.notes),
+    }
+
+
+def _density(density: SpectralDensity | None) -> dict[str, Any] | None:
+    if density is None:
+        return None
+    values = density.quantiles(_SHARES).tolist()
+    return {
+        "n": density.n,
+        "range": list(density.support),
+        "quantiles": {str(share): value for share, value in zip(_SHARES, values, strict=True)},
+        "probes": density.probes,
+        "steps": density.steps,
+        "atoms": len(density.atoms),
+        "matvecs": density.matvecs,
+        "notes": list(density.notes),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for nan and inf, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _without_large_vectors(analysis: Analysis, limit: int) -> Analysis:
+    pairs = analysis.eigenpairs
+    vectors = pairs.vectors
+    item = vectors.element_size() if isinstance(vectors, Tensor) else vectors.itemsize
+    size = item * math.prod(vectors.shape)
+    if size <= limit:
+        return analysis
+    note = (
+        f"the eigenvectors ({size / 2**30:.2g} GiB) are not saved: they are above the limit of "
+        f"{limit / 2**30:.2g} GiB"
+    )
+    # No columns, but still n rows, from which a result reads n.
+    pairs = dataclasses.replace(pairs, vectors=vectors[:, :0], notes=(*pairs.notes, note))
+    return dataclasses.replace(analysis, eigenpairs=pairs)

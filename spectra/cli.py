@@ -1,0 +1,592 @@
+"""What does the command `spectra` do? It loads what it is pointed at, analyses it, and reports."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from spectra.analysis import storage
+from spectra.analysis.analyze import Analysis, analyze
+from spectra.errors import ArgumentError, ArgumentTypeError, SpectraError, TargetError
+from spectra.operators.base import SymmetricOperator
+from spectra.operators.hessian import HessianOperator
+from spectra.oracle.hvp import Graph
+from spectra.results import versions
+
+__all__ = ["main"]
+
+_CONVERGED, _NOT_CONVERGED, _USAGE, _FAILED, _INTERRUPTED = 0, 1, 2, 3, 130
+_EPILOG = """\
+exit status:
+  0    done, and everything reached its tolerance
+  1    done, but something did not reach its tolerance; the results are written and marked
+  2    wrong usage: options, TARGET or files cannot be used as given; nothing was computed
+  3    the analysis failed
+  130  interrupted
+
+SPECTRA_DEBUG=1 in the environment adds the traceback to an error.
+"""
+_TARGET = """\
+TARGET is file.py:function or package.module:function. The function is called without arguments and
+returns a spectra.HessianOperator, or (model, loss, data) as HessianOperator takes them:
+
+  def target():
+      model = MyNetwork()
+      model.load_state_dict(torch.load("weights.pt", weights_only=True))
+      loss = spectra.losses.supervised(torch.nn.CrossEntropyLoss())
+      return model.eval(), loss, [(inputs, labels), ...]
+
+--hf MODEL_DIR --text FILE takes a causal language model from a local directory (config.json,
+*.safetensors and tokenizer, or a GGUF file) and the mean next-token loss of a text.
+
+The directory --out receives run.json (every number with its error), the result itself
+(analysis.json, analysis.safetensors: spectra.load reads it), figures, and report.html.
+"""
+_FIGURES = frozenset({"eigenvalues", "density", "density_symlog", "trace"})
+# Options of `analyze` that only one of its two kinds of input has.
+_MODEL_OPTIONS = ("tokens_per_sequence", "sequences_per_batch", "max_tokens", "dtype", "device")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Parameters
+    ----------
+    argv
+        The arguments after the program's name; None for those of the process.
+
+    Raises
+    ------
+    SystemExit
+        With status 2 for arguments that cannot be parsed, 0 after `--help` and `--version`.
+    """
+    arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        # Where the encoding has no ‖ or ±, a ? is better than an error at the end of a long run.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    status = _USAGE
+    try:
+        run = arguments.prepare(arguments)
+        status = _FAILED
+        return int(run())
+    except KeyboardInterrupt:
+        print("spectra: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except (ArgumentError, ArgumentTypeError) as error:
+        return _fail(error, _USAGE)
+    except SpectraError as error:
+        return _fail(error, status)
+    except Exception as error:
+        if _is_out_of_memory(error):
+            advice = "; try --microbatch, fewer parameters (--params), or a smaller basis (--ncv)"
+            return _fail(error, _FAILED, advice)
+        traceback.print_exc()
+        print("spectra: error: unexpected; this is a bug in spectra or its input", file=sys.stderr)
+        return _FAILED
+
+
+def _demo(arguments: argparse.Namespace) -> Callable[[], int]:
+    from spectra.integrations.digits import trained_digits
+
+    out: Path = arguments.out
+    # A second run of the demo may replace the first one, but no other run.
+    overwrite = arguments.overwrite or _holds_demo(out)
+    storage.check_directory(out, overwrite=overwrite)
+    # More threads slow so small a network down, and one gives the same numbers on every machine.
+    torch.set_num_threads(1)
+    _say("Training a small tanh network on scikit-learn's 1,797 images of digits …")
+    start = time.perf_counter()
+    model, loss, data = trained_digits()
+    with torch.no_grad():
+        right = sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in data)
+    images = sum(len(y) for _, y in data)
+    _say(
+        f"{time.perf_counter() - start:.1f} s; {right / images:.1%} of the images are recognised\n"
+    )
+    operator = HessianOperator(model, loss, data, graph="retained")
+    return functools.partial(
+        _run,
+        operator,
+        {},
+        out=out,
+        title="a small network on scikit-learn's digits",
+        source={"demo": "digits"},
+        overwrite=overwrite,
+        say=_say,
+    )
+
+
+def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
+    _check_kind(arguments)
+    storage.check_directory(arguments.out, overwrite=arguments.overwrite)
+    say = _silent if arguments.json else _say
+    with _stdout_to_stderr(arguments.json):
+        if arguments.hf:
+            operator, title, source = _from_text(arguments, say)
+        else:
+            operator, title, source = _from_target(arguments)
+    n = operator.space.n
+    if arguments.top is not None and arguments.top > n:
+        msg = f"--top {arguments.top}, but there are only {n} parameters, so {n} eigenvalues"
+        raise ArgumentError(msg)
+    both = not (arguments.density or arguments.trace)
+    options = {
+        "k": arguments.top or min(10, n),
+        "which": arguments.which,
+        "tol": arguments.tol,
+        "rtol": arguments.rtol,
+        "steps": arguments.steps,
+        "probes": arguments.probes,
+        "trace": arguments.trace or both,
+        "density": arguments.density or both,
+        "ncv": arguments.ncv,
+        "seed": arguments.seed,
+    }
+    return functools.partial(
+        _run,
+        operator,
+        options,
+        out=arguments.out,
+        title=title,
+        source=source,
+        overwrite=arguments.overwrite,
+        say=say,
+        as_json=arguments.json,
+    )
+
+
+def _report(arguments: argparse.Namespace) -> Callable[[], int]:
+    directory: Path = arguments.directory
+    title = storage.read_summary(directory)["title"]
+    analysis = storage.read_run(directory)
+
+    def run() -> int:
+        for path in _draw(analysis, directory, title):
+            _say(f"wrote {path}")
+        return _CONVERGED
+
+    return run
+
+
+def _run(
+    operator: SymmetricOperator,
+    options: dict[str, Any],
+    *,
+    out: Path,
+    title: str,
+    source: dict[str, Any],
+    overwrite: bool,
+    say: Callable[[str], None],
+    as_json: bool = False,
+) -> int:
+    """Analyse, write the run directory, and say what came out."""
+    space = operator.space
+    dtype = str(space.dtype).removeprefix("torch.")
+    say(f"Analysing the Hessian of {title}: n = {space.n:,}, {dtype}, {space.device}\n")
+    with _stdout_to_stderr(as_json):
+        analysis = analyze(operator, **options)
+    # Before anything is drawn: a figure that fails costs no result.
+    summary = storage.write_run(analysis, out, title=title, source=source, overwrite=overwrite)
+    say(f"{analysis}\n")
+    if not summary["eigenpairs"]["vectors_saved"]:
+        say(f"note: {summary['eigenpairs']['notes'][-1]}")
+    if as_json:
+        _say(json.dumps(summary, indent=1, allow_nan=False))
+    _draw(analysis, out, title)
+    say(f"Wrote {out / 'run.json'}, the result, figures, and {out / 'report.html'}")
+    if not analysis.converged:
+        say(
+            "Something did not reach its tolerance, see above: ask for less (--tol, --rtol, "
+            "--top), or hold a larger basis (--ncv)"
+        )
+    return _CONVERGED if analysis.converged else _NOT_CONVERGED
+
+
+def _draw(analysis: Analysis, directory: Path, title: str) -> list[Path]:
+    # matplotlib takes a second to import.
+    from spectra.report.report import save_figures, write_report
+
+    figures = save_figures(analysis, directory)
+    # A run that was overwritten may have had figures that this one has not.
+    for name in _FIGURES.difference(figures):
+        for kind in ("svg", "png"):
+            (directory / f"{name}.{kind}").unlink(missing_ok=True)
+    page = directory / "report.html"
+    write_report(analysis, page, title=f"Hessian of {title}", figures=figures)
+    return [*figures.values(), page]
+
+
+def _check_kind(arguments: argparse.Namespace) -> None:
+    """Either TARGET or --hf with --text, and the options that go with it."""
+    if arguments.target and arguments.hf:
+        msg = "give either TARGET or --hf MODEL_DIR, not both"
+        raise TargetError(msg)
+    if not (arguments.target or arguments.hf):
+        msg = "nothing to analyse: give TARGET (file.py:function), or --hf MODEL_DIR --text FILE"
+        if arguments.params and ":" in arguments.params[-1]:
+            msg = f"--params took {arguments.params[-1]!r} for a glob; put TARGET before --params"
+        raise TargetError(msg)
+    if arguments.hf and not arguments.text:
+        msg = "--hf needs a text to compute the loss on: --text FILE"
+        raise TargetError(msg)
+    for name in () if arguments.hf else ("text", *_MODEL_OPTIONS):
+        if getattr(arguments, name) is not None:
+            option = "--" + name.replace("_", "-")
+            msg = f"{option} goes with --hf; a TARGET brings its own data and model"
+            raise TargetError(msg)
+
+
+def _from_text(
+    arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[SymmetricOperator, str, dict[str, Any]]:
+    from spectra.integrations.huggingface import causal_lm
+
+    chosen = {name: getattr(arguments, name) for name in _MODEL_OPTIONS}
+    options = {name: value for name, value in chosen.items() if value is not None}
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    say(f"Loading {arguments.hf} …")
+    model, loss, data = causal_lm(arguments.hf, arguments.text, **options)
+    sequences = sum(len(batch["input_ids"]) for batch in data)
+    tokens = int(sum(loss.weight(batch) for batch in data))
+    say(f"{tokens:,} tokens of {arguments.text} are predicted, in {sequences} sequences\n")
+    operator = HessianOperator(
+        model,
+        loss,
+        data,
+        arguments.params,
+        graph=arguments.graph or "fresh",
+        microbatch=arguments.microbatch,
+    )
+    title = f"{arguments.hf.resolve().name} on {arguments.text.name}"
+    source = {
+        "hf": str(arguments.hf),
+        "text": str(arguments.text),
+        "sequences": sequences,
+        "predicted_tokens": tokens,
+    }
+    return operator, title, source
+
+
+def _from_target(arguments: argparse.Namespace) -> tuple[SymmetricOperator, str, dict[str, Any]]:
+    target, params = arguments.target, arguments.params
+    made = _call_target(target)
+    source = {"target": target}
+    if isinstance(made, SymmetricOperator):
+        if arguments.graph or arguments.microbatch:
+            msg = (
+                f"{target} returned an operator, which has --graph and --microbatch settled; "
+                "return (model, loss, data), or set them there"
+            )
+            raise TargetError(msg)
+        if params is None:
+            return made, target, source
+        if not isinstance(made, HessianOperator):
+            msg = f"{target} returned a {type(made).__name__}, which has no parameters to select"
+            raise TargetError(msg)
+        return made.block(params), target, source
+    if not (isinstance(made, tuple | list) and len(made) == 3):
+        what = f"a {type(made).__name__}"
+        if made is None:
+            what = "None (is a return missing?)"
+        elif isinstance(made, tuple | list):
+            what += f" of {len(made)}"
+        msg = f"{target} returned {what}, expected a HessianOperator or (model, loss, data)"
+        raise TargetError(msg)
+    model, loss, data = made
+    graph: Graph = arguments.graph or "fresh"
+    operator = HessianOperator(
+        model, loss, data, params, graph=graph, microbatch=arguments.microbatch
+    )
+    return operator, target, source
+
+
+def _call_target(target: str) -> Any:
+    """What the function that `target` names returns."""
+    place, _, name = target.rpartition(":")
+    if not place or not name.isidentifier():
+        msg = f"{target!r} names no function; write file.py:function or package.module:function"
+        raise TargetError(msg)
+    module = _import(place)
+    function = getattr(module, name, None)
+    if function is None:
+        own = [
+            other
+            for other, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", None) == module.__name__
+        ]
+        near = difflib.get_close_matches(name, own, cutoff=0.5) or own[:5]
+        hint = f"; it has {', '.join(near)}" if near else "; it defines no function at all"
+        msg = f"{place!r} has no function {name!r}{hint}"
+        raise TargetError(msg)
+    if not callable(function):
+        msg = f"{target} is a {type(function).__name__}, expected a function that returns it"
+        raise TargetError(msg)
+    if needed := _required_arguments(function):
+        msg = (
+            f"{target} needs arguments ({', '.join(needed)}), but is called without any; give them "
+            "defaults, or name a function without arguments that calls it"
+        )
+        raise TargetError(msg)
+    with _blaming(target, getattr(module, "__file__", None)):
+        return function()
+
+
+def _import(place: str) -> ModuleType:
+    """The module of a file or dotted name, with its own directory importable."""
+    path = Path(place)
+    if path.suffix != ".py" and path.name == place and not path.exists():
+        sys.path.insert(0, os.getcwd())
+        with _blaming(f"importing {place!r}", None):
+            try:
+                return importlib.import_module(place)
+            except ModuleNotFoundError as error:
+                if not f"{place}.".startswith(f"{error.name}."):
+                    raise
+                msg = (
+                    f"no module {error.name!r}, neither installed nor in {os.getcwd()!r}; for a "
+                    f"file write its name, such as {place}.py:function"
+                )
+                raise TargetError(msg) from error
+    if not path.is_file() or path.suffix != ".py":
+        beside = [file.name for file in path.parent.glob("*.py")]
+        near = difflib.get_close_matches(path.name, beside, cutoff=0.5)
+        hint = f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
+        msg = f"no Python file {place!r}{hint}"
+        raise TargetError(msg)
+    sys.path.insert(0, str(path.resolve().parent))
+    # The file's own name, so that worker processes find it too, unless another module has it.
+    name = "spectra_target" if path.stem in sys.modules else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    with _blaming(f"importing {place!r}", str(path)):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _required_arguments(function: Callable[..., Any]) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return []
+    variadic = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+
+
+@contextlib.contextmanager
+def _blaming(what: str, file: str | None) -> Iterator[None]:
+    """Turn whatever foreign code raises into a TargetError that says where it was raised."""
+    try:
+        yield
+    except TargetError:
+        raise
+    # A script that ends with sys.exit() exits when it is imported.
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == file]
+        frame = (own or frames)[-1]
+        msg = (
+            f"{what} raised {type(error).__name__} ({Path(frame.filename).name}, line "
+            f"{frame.lineno}): {error}"
+        )
+        raise TargetError(msg) from error
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # The reader has left (`| head`). The run goes on: its results go to the directory.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _silent(text: str) -> None:
+    """Nothing: in place of `_say`."""
+
+
+def _stdout_to_stderr(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Foreign code may print; with --json stdout holds one document and nothing else."""
+    return contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
+
+
+def _fail(error: Exception, status: int, advice: str = "") -> int:
+    if os.environ.get("SPECTRA_DEBUG"):
+        traceback.print_exception(error)
+    # Messages of other libraries may have many lines.
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"spectra: error: {message}{advice}", file=sys.stderr)
+    return status
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU PyTorch raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _holds_demo(directory: Path) -> bool:
+    try:
+        return "demo" in storage.read_summary(directory)["source"]
+    except SpectraError:
+        return False
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _command_line(
+        argparse.ArgumentParser,
+        prog="spectra",
+        description="Eigenvalues, trace, norms and spectral density of the Hessian of a PyTorch\n"
+        "model, from exact Hessian-vector products, each with its error.",
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=_versions(),
+        help="print the versions that a report of a bug should name",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add = functools.partial(_command_line, commands.add_parser)
+
+    demo = add("demo", help="train a small network on digits and analyse it; takes a minute")
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo-run"), metavar="DIR", help="default: demo-run"
+    )
+    demo.add_argument("--overwrite", action="store_true", help="replace a run that is not a demo's")
+    demo.set_defaults(prepare=_demo)
+
+    analysis = add("analyze", help="analyse a model of yours", description=_TARGET)
+    _add_analyze_options(analysis)
+    analysis.set_defaults(prepare=_analyze)
+
+    report = add("report", help="make the figures and report.html of a saved run again")
+    report.add_argument("directory", type=Path, metavar="DIR", help="what --out was")
+    report.set_defaults(prepare=_report)
+    return parser
+
+
+def _command_line(make: Callable[..., argparse.ArgumentParser], *args: Any, **options: Any) -> Any:
+    # Abbreviations would change their meaning when options are added.
+    return make(
+        *args,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
+
+
+def _add_analyze_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("target", nargs="?", metavar="TARGET", help="file.py:function or package.module:function")
+    add("--out", type=Path, required=True, metavar="DIR", help="directory for the results")
+    add("--overwrite", action="store_true", help="replace a run that is in DIR already")
+    add("--json", action="store_true", help="print run.json, and nothing else, on stdout")
+    _add_questions(parser.add_argument_group("what is computed"))
+    _add_means(parser.add_argument_group("how"))
+    _add_model(parser.add_argument_group("a language model of Hugging Face's instead of TARGET"))
+
+
+def _add_questions(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    defaults = inspect.signature(analyze).parameters
+    add("--top", type=_positive, metavar="K", help="number of eigenvalues (default: 10)")
+    add(
+        "--which",
+        choices=("LM", "LA", "SA", "BE"),
+        default=defaults["which"].default,
+        help="largest in magnitude, largest, smallest, both ends (default: %(default)s)",
+    )
+    add("--trace", action="store_true", help="trace and Frobenius norm")
+    add("--density", action="store_true", help="spectral density; without either option, both")
+    for name, kind, text in (
+        ("tol", _tolerance, "residual of an eigenpair, relative to its eigenvalue"),
+        ("rtol", _tolerance, "half-width of the 95 %% interval of the trace, relative"),
+        ("steps", _positive, "Lanczos steps per probe of the density: its resolution"),
+        ("probes", _positive, "probes of the density: their spread is its error"),
+        ("seed", _natural, "of all random vectors"),
+    ):
+        add(
+            f"--{name}",
+            type=kind,
+            default=defaults[name].default,
+            help=f"{text} (default: %(default)s)",
+        )
+
+
+def _add_means(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--params",
+        nargs="+",
+        metavar="GLOB",
+        help="only the parameters whose names match, such as 'layers.3.*'; the others are fixed",
+    )
+    add(
+        "--graph",
+        choices=("fresh", "retained"),
+        help="retained: a third faster, memory of all batches (default: fresh)",
+    )
+    add("--microbatch", type=_positive, metavar="N", help="samples at a time, to bound memory")
+    add("--ncv", type=_positive, metavar="N", help="most vectors to hold (default: by free memory)")
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--hf", type=Path, metavar="MODEL_DIR", help="local directory, or GGUF file")
+    add("--text", type=Path, metavar="FILE", help="plain text to predict")
+    add("--tokens-per-sequence", type=_positive, metavar="N", help="default: 128")
+    add("--sequences-per-batch", type=_positive, metavar="N", help="default: 4")
+    add("--max-tokens", type=_positive, metavar="N", help="of the text, default: 2048")
+    add("--dtype", choices=("float32", "float64", "bfloat16"), help="default: float32")
+    add("--device", help="such as cuda, default: cpu")
+
+
+def _positive(text: str) -> int:
+    return _natural(text, least=1)
+
+
+def _natural(text: str, least: int = 0) -> int:
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= least:
+            return number
+    msg = f"{text!r} is not an integer of at least {least}"
+    raise argparse.ArgumentTypeError(msg)
+
+
+def _tolerance(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    msg = f"{text!r} is not a positive number"
+    raise argparse.ArgumentTypeError(msg)
+
+
+def _versions() -> str:
+    found = versions()
+    for name in ("matplotlib", "safetensors", "scikit-learn", "transformers", "gguf"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return "\n".join(f"{name} {number}" for name, number in found.items())

@@ -1,0 +1,1 @@
+"""What other libraries bring: models, data and texts. Each needs an extra, imported only on use."""

@@ -1,0 +1,1 @@
+"""What people look at: figures of the results, and one page that holds them all."""

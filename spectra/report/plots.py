@@ -1,0 +1,620 @@
+"""How does a result look? One figure for each kind, drawn from nothing but the result's numbers.
+
+Figures that are given no Axes are made through pyplot, as pandas, seaborn and scikit-learn do: that
+is what notebooks display and `pyplot.show()` opens, and without a screen it draws into memory. No
+other state of matplotlib is touched, and the fonts and the background are the user's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    ScalarFormatter,
+)
+from scipy import special, stats
+
+from spectra.algorithms.density import SpectralDensity
+from spectra.algorithms.eigen import Eigenpairs
+from spectra.algorithms.estimate import Estimate, check_confidence
+from spectra.analysis.analyze import Analysis
+from spectra.errors import ArgumentError, ArgumentTypeError
+
+if TYPE_CHECKING:
+    from spectra.results import Result
+
+__all__ = ["FIGURE_SIZE", "plot", "plot_density", "plot_eigenpairs", "plot_estimate"]
+
+# Inches: the width of a page's text, at which 9 to 10 point lettering reads well in print.
+FIGURE_SIZE = (6.4, 3.8)
+
+# From the palette of Okabe and Ito, which stays distinct for the colour-blind; each colour means
+# one thing in all figures.
+_EIGENVALUES = "#D55E00"
+_DENSITY = "#0072B2"
+_MEAN = "#009E73"
+_GREY = "#7F7F7F"
+
+_WHICH = {
+    "LM": "largest in magnitude",
+    "LA": "largest",
+    "SA": "smallest",
+    "BE": "from both ends",
+}
+# Values that differ by more than this factor cannot be told apart on one linear axis.
+_MANY_TIMES = 20.0
+# Below this share of the axis the bulk of a spectrum is a line, and gets an inset of its own.
+_NARROW = 0.35
+
+
+def plot(result: Result, ax: Axes | None = None, **options: Any) -> Axes:
+    """Draw a result; what `Result.plot` calls.
+
+    Parameters
+    ----------
+    result
+        `Eigenpairs`, `SpectralDensity` or `Estimate`.
+    ax
+        Where to draw; a new pyplot figure by default.
+    options
+        Of `plot_eigenpairs`, `plot_density` or `plot_estimate`.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ArgumentError
+        The result is an `Analysis`, which takes several figures.
+    ArgumentTypeError
+        There is no figure for this kind of result, or `ax` is no matplotlib Axes.
+    """
+    if isinstance(result, Analysis):
+        parts = [
+            f"analysis.{name}.plot()"
+            for name in ("eigenpairs", "density", "trace")
+            if getattr(result, name) is not None
+        ]
+        msg = (
+            "an Analysis takes several figures and plot() draws on one Axes; plot a part of it: "
+            f"{', '.join(parts)}, or write all of them with spectra.report.report.save_figures"
+        )
+        raise ArgumentError(msg)
+    draw = _DRAW.get(type(result))
+    if draw is None:
+        kinds = ", ".join(kind.__name__ for kind in _DRAW)
+        msg = f"there is no figure for a {type(result).__name__}; expected one of {kinds}"
+        raise ArgumentTypeError(msg)
+    return draw(result, ax, **options)
+
+
+def plot_eigenpairs(pairs: Eigenpairs, ax: Axes | None = None) -> Axes:
+    """Eigenvalues by index, with residuals as error bars and the bounds on all the others.
+
+    Parameters
+    ----------
+    pairs
+        From `spectra.eigsh`. Those that did not converge are drawn hollow.
+    ax
+        Where to draw; a new pyplot figure by default.
+
+    Returns
+    -------
+    Axes
+        Its vertical axis is symmetric-logarithmic where the values differ by more than a factor
+        of 20.
+
+    Raises
+    ------
+    ArgumentTypeError
+        `ax` is no matplotlib Axes.
+    """
+    ax = _axes(ax)
+    count, missed = len(pairs), int((~pairs.converged).sum())
+    index = np.arange(1, count + 1)
+    _scale_values(ax, pairs)
+    _draw_pairs(ax, pairs, index)
+    ax.axhline(0.0, color=_GREY, linewidth=0.8)
+    ax.set_xlim(0.4, count + 0.6)
+    _draw_certificate(ax, pairs)
+    # Each index where all have room: an axis that is labelled 2, 4, … looks incomplete.
+    ax.xaxis.set_major_locator(
+        FixedLocator(index.tolist()) if count <= 12 else MaxNLocator(integer=True)
+    )
+    ax.set_xlabel("index, in descending order")
+    ax.set_ylabel("eigenvalue λ")
+    title = f"{count} {'eigenvalue' if count == 1 else 'eigenvalues'} "
+    title += f"({_WHICH.get(pairs.which, pairs.which)}) of n = {len(pairs.vectors):,}"
+    _finish(ax, f"{title}; {missed} did not converge" if missed else title)
+    ax.legend(loc="best", fontsize="small")
+    return ax
+
+
+def plot_density(
+    density: SpectralDensity,
+    ax: Axes | None = None,
+    *,
+    scale: Literal["linear", "symlog"] = "linear",
+    width: float | None = None,
+    confidence: float = 0.95,
+) -> Axes:
+    """The distribution of the eigenvalues: a broadened curve with its band, and the outliers.
+
+    The curve is the mean of the broadened nodes within narrow bins, computed exactly: its integral
+    is the share of the spectrum that was not deflated, and no peak falls between two points.
+
+    Parameters
+    ----------
+    density
+        From `spectra.spectral_density`.
+    ax
+        Where to draw; a new pyplot figure by default.
+    scale
+        "linear": density per unit of λ over λ, with the bulk once more in an inset where outliers
+        make it narrow. "symlog": density per unit of asinh(λ / x0) on an axis that is linear
+        within ±x0, the resolution near zero, and logarithmic beyond.
+    width
+        Broadening of all nodes; by default each node's follows the spacing of its neighbours.
+    confidence
+        Of the band over probes (Student's, pointwise), which is drawn where there are two or more.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ArgumentError
+        An unknown scale, a width that is not positive, or a confidence outside (0, 1).
+    ArgumentTypeError
+        `ax` is no matplotlib Axes.
+    """
+    _check_density_options(scale, width, confidence)
+    ax = _axes(ax)
+    x0 = _resolution_near_zero(density, width)
+    curve = _curve(density, width, x0, scale)
+    if scale == "symlog":
+        ax.set_xscale("asinh", linear_width=x0)
+        ax.set_xlabel(f"eigenvalue λ (linear within ±{x0:g}, logarithmic beyond)")
+        ax.set_ylabel(f"density per unit of asinh(λ / {x0:g})")
+    else:
+        ax.set_xlabel("eigenvalue λ")
+        ax.set_ylabel("density per unit of λ")
+    ax.set_yscale("log")
+    # A tenth of one eigenvalue, per unit of the axis or spread over all of it.
+    floor = 0.1 / density.n
+    drawn = density.atoms
+    if curve is not None:
+        floor /= 1.0 if scale == "symlog" else curve.edges[-1] - curve.edges[0]
+        _draw_curve(ax, curve, confidence, floor)
+        drawn = np.concatenate([drawn, curve.range_above(floor)])
+    peak = 1.0 if curve is None else max(curve.mean.max(), 2 * floor)
+    # A quarter of the height stays free above the peak, for the legend.
+    ax.set_ylim(floor, floor * (peak / floor) ** 1.33)
+    _limit(ax, drawn, x0 if scale == "symlog" else None)
+    _draw_atoms(ax, density, fixed=scale == "linear")
+    _finish(ax, f"Spectral density of n = {density.n:,} ({_effort(density)})")
+    place: dict[str, Any] = {"loc": "best"}
+    if scale == "symlog":
+        _tick_symlog(ax, x0)
+    elif curve is not None and _draw_inset(ax, density, curve, confidence):
+        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.13)}
+    ax.legend(fontsize="small", **place)
+    return ax
+
+
+def plot_estimate(
+    estimate: Estimate, ax: Axes | None = None, *, confidence: float | None = None
+) -> Axes:
+    """How an estimate converged, probe by probe, with its interval.
+
+    Parameters
+    ----------
+    estimate
+        From `spectra.trace` or `spectra.norm`. One without samples (exact, or between bounds) is
+        drawn as a point with its interval.
+    ax
+        Where to draw; a new pyplot figure by default.
+    confidence
+        Of the interval; by default the estimate's own.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ArgumentError
+        The confidence is not between 0 and 1, or beyond what the estimate's bounds promise.
+    ArgumentTypeError
+        `ax` is no matplotlib Axes.
+    """
+    if confidence is None and estimate.bounds is not None:
+        level, interval = estimate.bounds_confidence, estimate.bounds
+    else:
+        level = estimate.confidence if confidence is None else confidence
+        interval = estimate.interval(level)
+    ax = _axes(ax)
+    label = _described(estimate, interval, level)
+    if len(estimate.samples) < 2:
+        _draw_point(ax, estimate, interval, label)
+    else:
+        _draw_running(ax, estimate, level, label)
+    title = estimate.quantity[:1].upper() + estimate.quantity[1:]
+    if estimate.method:
+        title += f" ({estimate.method})"
+    if not estimate.converged:
+        title += "; tolerance not reached"
+    _finish(ax, title)
+    ax.legend(loc="best", fontsize="small")
+    return ax
+
+
+_DRAW: dict[type, Callable[..., Axes]] = {
+    Eigenpairs: plot_eigenpairs,
+    SpectralDensity: plot_density,
+    Estimate: plot_estimate,
+}
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is None:
+        # Only here: whoever passes Axes needs no backend.
+        from matplotlib import pyplot
+
+        figure = pyplot.figure(figsize=FIGURE_SIZE, layout="constrained")
+        return figure.add_subplot()
+    if not isinstance(ax, Axes):
+        msg = (
+            f"ax is a {type(ax).__name__}; expected one matplotlib Axes, as figure.add_subplot() "
+            "returns it, or None for a new figure"
+        )
+        raise ArgumentTypeError(msg)
+    return ax
+
+
+def _finish(ax: Axes, title: str) -> None:
+    ax.set_title(title, loc="left", fontsize="medium")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(visible=True, which="major", color=_GREY, alpha=0.2, linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+# --- eigenpairs ----------------------------------------------------------------------------------
+
+
+def _scale_values(ax: Axes, pairs: Eigenpairs) -> None:
+    """A symmetric-logarithmic axis where a linear one would flatten the small values."""
+    sizes = np.abs(pairs.values)
+    largest = float(sizes.max())
+    # Below its residual, or a millionth of the largest, a value's order of magnitude says nothing.
+    smallest = max(float(sizes.min()), float(pairs.residuals.max()), 1e-6 * largest)
+    if largest > _MANY_TIMES * smallest:
+        ax.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(smallest)))
+
+
+def _draw_pairs(ax: Axes, pairs: Eigenpairs, index: np.ndarray) -> None:
+    """Stems with residuals as error bars; hollow markers where a pair did not converge."""
+    good = pairs.converged
+    size = 6.0 if len(pairs) <= 40 else 3.0
+    ax.vlines(index, 0.0, pairs.values, colors=_EIGENVALUES, linewidth=size / 4, alpha=0.5)
+    for chosen, face, label in (
+        (good, _EIGENVALUES, "eigenvalue ± residual"),
+        (~good, ax.get_facecolor(), f"not converged ({int((~good).sum())} of {len(pairs)})"),
+    ):
+        if chosen.any():
+            ax.errorbar(
+                index[chosen],
+                pairs.values[chosen],
+                yerr=pairs.residuals[chosen],
+                fmt="o",
+                color=_EIGENVALUES,
+                markerfacecolor=face,
+                markersize=size,
+                capsize=size / 2,
+                label=label,
+            )
+
+
+def _draw_certificate(ax: Axes, pairs: Eigenpairs) -> None:
+    """Shade where all the other eigenvalues are, with the stated probability."""
+    above, below = pairs.no_eigenvalue_above, pairs.no_eigenvalue_below
+    if above is None and below is None:
+        return
+    bottom, top = ax.get_ylim()
+    for bound in (above, below):
+        if bound is not None:
+            ax.axhline(bound, color=_GREY, linewidth=1.0, linestyle="--")
+            bottom, top = min(bottom, 1.3 * bound), max(top, 1.3 * bound)
+    ax.axhspan(
+        bottom if below is None else below,
+        top if above is None else above,
+        facecolor=_GREY,
+        alpha=0.15,
+        edgecolor="none",
+        label=f"all other eigenvalues, with {100 * pairs.certificate_confidence:g}% probability",
+    )
+    ax.set_ylim(bottom, top)
+
+
+# --- densities -----------------------------------------------------------------------------------
+
+
+def _check_density_options(scale: str, width: float | None, confidence: float) -> None:
+    if scale not in {"linear", "symlog"}:
+        msg = f"scale={scale!r}; expected 'linear' or 'symlog'"
+        raise ArgumentError(msg)
+    if width is not None and not width > 0:
+        msg = f"width={width}; expected a positive width, or None to follow the nodes' spacing"
+        raise ArgumentError(msg)
+    check_confidence(confidence)
+
+
+def _effort(density: SpectralDensity) -> str:
+    if density.steps == 0:
+        return "all eigenvalues known"
+    probes = "1 probe" if density.probes == 1 else f"{density.probes} probes"
+    return f"{probes} × {density.steps} {'step' if density.steps == 1 else 'steps'}"
+
+
+def _resolution_near_zero(density: SpectralDensity, width: float | None) -> float:
+    """Where an axis turns from linear to logarithmic, to one digit so that it can be named."""
+    live = density.weights > 0
+    largest = max(map(abs, density.support)) or 1.0
+    if live.any():
+        places, widths = np.abs(density.nodes[live]), density.widths[live]
+        nearest = int(places.argmin())
+        # Where nothing is near zero there is nothing to resolve there.
+        x0 = max(float(widths[nearest]) if width is None else width, 0.1 * places[nearest])
+    else:
+        x0 = 0.1 * min(np.abs(density.atoms[density.atoms != 0]), default=largest)
+    return float(f"{min(max(x0, 1e-6 * largest), largest):.0e}")
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Mean densities within narrow bins, per unit of the axis.
+
+    Attributes
+    ----------
+    edges, centres
+        (bins + 1,) and (bins,), in λ.
+    samples
+        (probes, bins).
+    """
+
+    edges: np.ndarray
+    centres: np.ndarray
+    samples: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        mean: np.ndarray = self.samples.mean(axis=0)
+        return mean
+
+    def range_above(self, floor: float) -> np.ndarray:
+        """Where the visible part begins and ends."""
+        seen = np.flatnonzero(self.mean > min(floor, self.mean.max() / 2))
+        ends, whole = self.edges[[seen[0], seen[-1] + 1]], self.edges[[0, -1]]
+        # A single peak needs room around it to be one.
+        return whole if np.ptp(ends) < 0.02 * np.ptp(whole) else ends
+
+
+def _curve(density: SpectralDensity, width: float | None, x0: float, scale: str) -> _Curve | None:
+    """What each probe's broadened nodes have in narrow bins; None where there are no nodes."""
+    if not (density.weights > 0).any():
+        return None
+    widths = density.widths if width is None else np.full_like(density.nodes, width)
+    edges = _bin_edges(density, widths, x0, scale)
+    shares = np.zeros((density.probes, len(edges) - 1))
+    for i, (nodes, weights) in enumerate(zip(density.nodes, density.weights, strict=True)):
+        live = weights > 0
+        below = special.ndtr((edges - nodes[live, None]) / widths[i, live, None])
+        shares[i] = weights[live] @ np.diff(below, axis=1)
+    if scale == "linear":
+        return _Curve(edges, (edges[1:] + edges[:-1]) / 2, shares / np.diff(edges))
+    places = np.arcsinh(edges / x0)
+    return _Curve(edges, x0 * np.sinh((places[1:] + places[:-1]) / 2), shares / np.diff(places))
+
+
+def _bin_edges(density: SpectralDensity, widths: np.ndarray, x0: float, scale: str) -> np.ndarray:
+    """Bins over the broadened nodes: even in asinh(λ / x0), or even in λ and finer in the bulk."""
+    live = density.weights > 0
+    # Beyond five widths a node has less than a millionth of its weight.
+    nodes, margin = density.nodes[live], 5 * widths[live]
+    low, high = (nodes - margin).min(), (nodes + margin).max()
+    if high - low < 1e-6 * max(abs(low), abs(high), x0):
+        # All nodes in one place, as for a multiple of the identity.
+        room = 0.05 * float(np.abs(nodes).max()) or 1.0
+        low, high = low - room, high + room
+    if scale == "symlog":
+        return x0 * np.sinh(np.linspace(np.arcsinh(low / x0), np.arcsinh(high / x0), 801))
+    left, right = np.clip(_bulk(density), low, high)
+    if right - left < 1e-6 * (high - low):
+        left, right = low, high
+    parts = [np.linspace(left, right, 601)]
+    for start, stop in ((low, left), (right, high)):
+        count = math.ceil(400 * (stop - start) / (high - low))
+        parts.append(np.linspace(start, stop, count + 1) if count else np.zeros(0))
+    return np.unique(np.concatenate(parts))
+
+
+def _draw_curve(ax: Axes, curve: _Curve, confidence: float, floor: float) -> None:
+    """Mean over probes as a line through the bins' centres, and Student's band around it."""
+    probes, mean = len(curve.samples), curve.mean
+    if probes > 1:
+        quantile = stats.t.ppf(0.5 + confidence / 2, probes - 1)
+        half = quantile * curve.samples.std(axis=0, ddof=1) / math.sqrt(probes)
+        ax.fill_between(
+            curve.centres,
+            # A logarithmic axis has no place for 0.
+            np.maximum(mean - half, floor / 10),
+            np.maximum(mean + half, floor / 10),
+            color=_DENSITY,
+            alpha=0.25,
+            linewidth=0,
+            label=f"{100 * confidence:g}% band over probes",
+        )
+    ax.plot(curve.centres, mean, color=_DENSITY, linewidth=1.3, label="broadened density")
+
+
+def _draw_atoms(ax: Axes, density: SpectralDensity, *, fixed: bool) -> None:
+    """Outliers as lollipops: of height 1/n, or of a fixed one where the axis is per unit of λ."""
+    atoms = density.atoms
+    if not len(atoms):
+        return
+    # All have the same mass, so on an axis of another quantity the height has nothing to tell.
+    transform = ax.get_xaxis_transform() if fixed else ax.transData
+    foot, head = (0.0, 0.12) if fixed else (ax.get_ylim()[0], 1 / density.n)
+    ax.vlines(atoms, foot, head, colors=_EIGENVALUES, linewidth=1.0, transform=transform)
+    noun = "outlier" if density.steps else "eigenvalue"
+    noun += ", of mass" if len(atoms) == 1 else "s, each of mass"
+    ax.plot(
+        atoms,
+        np.full(len(atoms), head),
+        "o",
+        color=_EIGENVALUES,
+        markersize=4.5,
+        transform=transform,
+        label=f"{len(atoms)} {noun} 1/n",
+    )
+
+
+def _limit(ax: Axes, drawn: np.ndarray, x0: float | None) -> None:
+    """Limits around all that is drawn, with a margin that is even on the screen."""
+    places = drawn if x0 is None else np.arcsinh(drawn / x0)
+    low, high = float(places.min()), float(places.max())
+    margin = 0.03 * (high - low) or 0.1 * abs(high) or 1.0
+    limits = np.array([low - margin, high + margin])
+    ax.set_xlim(*(limits if x0 is None else x0 * np.sinh(limits)))
+
+
+def _tick_symlog(ax: Axes, x0: float) -> None:
+    """Ticks at 0 and at powers of ten, as many as there is room for; without decades, even ones."""
+    low, high = ax.get_xlim()
+    first = math.ceil(math.log10(2 * x0))
+    last = math.floor(math.log10(max(abs(low), abs(high))))
+    stride = max(1, math.ceil((last - first + 1) / 5))
+    powers = 10.0 ** np.arange(last, first - 1.0, -stride)
+    ticks = [t for t in [*-powers, 0.0, *powers[::-1]] if low <= t <= high]
+    if len(ticks) < 4:
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        return
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _power_of_ten(x)))
+    between = np.outer(10.0 ** np.arange(first, last + 1.0), np.arange(1, 10)).ravel()
+    ax.xaxis.set_minor_locator(FixedLocator([*-between, *between]))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _power_of_ten(x: float) -> str:
+    if x == 0:
+        return "0"
+    return f"${'-' if x < 0 else ''}10^{{{round(math.log10(abs(x)))}}}$"
+
+
+def _draw_inset(ax: Axes, density: SpectralDensity, curve: _Curve, confidence: float) -> bool:
+    """The bulk on linear axes, in the empty part of the figure, if outliers leave it no width."""
+    low, high = ax.get_xlim()
+    left, right = _bulk(density)
+    # Of one or two nodes the inset would show nothing but the kernel.
+    most = (density.weights > 0).sum(axis=1).max()
+    if most <= 2 or right - left > _NARROW * (high - low):
+        return False
+    before, after = (left - low) / (high - low), (high - right) / (high - low)
+    span = max(before, after) - 0.2
+    if span < 0.25:
+        return False
+    inset = ax.inset_axes((1 - after + 0.17 if after >= before else 0.12, 0.5, span, 0.39))
+    _draw_curve(inset, curve, confidence, floor=0.0)
+    inset.set_xlim(left, right)
+    inside = (curve.edges[1:] > left) & (curve.edges[:-1] < right)
+    inset.set_ylim(0.0, 1.15 * curve.mean[inside].max())
+    inset.tick_params(labelsize="small")
+    _finish(inset, "")
+    inset.set_title("the bulk, on linear axes", loc="left", fontsize="small")
+    return True
+
+
+def _bulk(density: SpectralDensity) -> tuple[float, float]:
+    """Where all but a hundredth of the nodes' weight lies, with a margin."""
+    live = density.weights > 0
+    nodes, weights, widths = density.nodes[live], density.weights[live], density.widths[live]
+    order = np.argsort(nodes)
+    cumulative = np.cumsum(weights[order]) / weights.sum()
+    low, high = order[np.searchsorted(cumulative, [0.005, 0.995])]
+    return (float(nodes[low] - 2 * widths[low]), float(nodes[high] + 2 * widths[high]))
+
+
+# --- estimates -----------------------------------------------------------------------------------
+
+
+def _described(estimate: Estimate, interval: tuple[float, float], level: float) -> str:
+    """The final value with its error, in words."""
+    low, high = (f"{end:.6g}" for end in interval)
+    if estimate.exact:
+        error = "exact"
+    elif not all(map(math.isfinite, interval)):
+        error = "no interval from fewer than two probes"
+    elif low == high:
+        error = f"within {max(estimate.value - interval[0], interval[1] - estimate.value):.1g}"
+    else:
+        error = f"{100 * level:g}% interval {low} to {high}"
+    return f"{estimate.value:.6g} ({error})"
+
+
+def _draw_running(ax: Axes, estimate: Estimate, level: float, label: str) -> None:
+    value, low, high = estimate.running(level)
+    count = np.arange(2, len(estimate.samples) + 1)
+    ax.fill_between(
+        count, low, high, color=_MEAN, alpha=0.25, linewidth=0, label=f"{100 * level:g}% interval"
+    )
+    ax.plot(count, value, color=_MEAN, label="mean over the probes so far")
+    ax.errorbar(
+        count[-1:],
+        value[-1:],
+        yerr=[value[-1:] - low[-1:], high[-1:] - value[-1:]],
+        fmt="o",
+        color=_MEAN,
+        capsize=4,
+        label=label,
+    )
+    ax.axhline(estimate.value, color=_GREY, linewidth=0.8, linestyle=":")
+    # With one degree of freedom the band is 13 standard errors wide: it would flatten the rest.
+    settled = min(2 + len(count) // 10, len(count) - 1)
+    bottom, top = min(value.min(), low[settled:].min()), max(value.max(), high[settled:].max())
+    margin = 0.08 * (top - bottom) or 0.1 * abs(top) or 1.0
+    ax.set_ylim(bottom - margin, top + margin)
+    ax.ticklabel_format(axis="y", useOffset=False)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("number of random probes")
+    ax.set_ylabel(estimate.quantity)
+
+
+def _draw_point(ax: Axes, estimate: Estimate, interval: tuple[float, float], label: str) -> None:
+    """One value on a number line, with its interval if it has a finite one."""
+    low, high = interval if all(map(math.isfinite, interval)) else (estimate.value,) * 2
+    # Rounding may put an exact value outside its interval by one unit in the last place.
+    error = [[max(estimate.value - low, 0.0)], [max(high - estimate.value, 0.0)]]
+    ax.errorbar([estimate.value], [0.0], xerr=error, fmt="o", color=_MEAN, capsize=4, label=label)
+    ax.set_ylim(-1.0, 1.0)
+    ax.yaxis.set_major_locator(NullLocator())
+    # At least a thousandth to each side: an interval of rounding errors has no ticks to read.
+    margin = max(0.25 * (high - low), 1e-3 * abs(estimate.value)) or 1.0
+    ax.set_xlim(low - margin, high + margin)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    ax.ticklabel_format(axis="x", useOffset=False)
+    ax.set_xlabel(estimate.quantity)

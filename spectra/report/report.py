@@ -1,0 +1,433 @@
+"""What did the run find, and can it be believed? One page, self-contained, that says it in words.
+
+Every number stands beside its error, and every note of every part is shown.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from spectra.algorithms.eigen import Eigenpairs
+from spectra.algorithms.estimate import Estimate
+from spectra.analysis.analyze import Analysis
+from spectra.errors import ArgumentError, ArgumentTypeError, StorageError
+from spectra.report import plots
+
+__all__ = ["save_figures", "write_report"]
+
+_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
+_CAPTIONS = {
+    "eigenvalues": (
+        "Eigenvalues",
+        "The computed eigenvalues in descending order. Error bars are measured residuals (mostly "
+        "smaller than the markers); hollow markers did not converge. Where a range is shaded, all "
+        "other eigenvalues lie in it with the stated probability.",
+    ),
+    "density": (
+        "Spectral density",
+        "How the eigenvalues are distributed. The computed eigenvalues are drawn as outliers; the "
+        "curve is the rest, broadened, with its band over the random probes. Where outliers leave "
+        "the bulk no width, the inset shows it.",
+    ),
+    "density_symlog": (
+        "Spectral density, symmetric-logarithmic",
+        "The same distribution on an axis that is linear around zero and logarithmic beyond, which "
+        "shows small and large eigenvalues of both signs at once.",
+    ),
+    "trace": (
+        "Convergence of the trace",
+        "The mean over the random probes so far, with its interval; the last point is the answer.",
+    ),
+}
+_STYLE = {
+    "font.size": 10.0,
+    "axes.titlesize": 10.0,
+    # Letters as outlines look the same everywhere, whatever fonts a reader has.
+    "svg.fonttype": "path",
+    # Without it every run gives other identifiers, and the same result other files.
+    "svg.hashsalt": "spectra",
+}
+
+
+class _Figure(NamedTuple):
+    title: str
+    caption: str
+    source: str
+
+
+class _Scalar(NamedTuple):
+    name: str
+    value: str
+    error: str
+    method: str
+    matvecs: str
+    converged: bool
+
+
+def save_figures(
+    analysis: Analysis, directory: str | Path, *, formats: Sequence[str] = ("svg", "png")
+) -> dict[str, Path]:
+    """Write the figures of an analysis as files.
+
+    Parameters
+    ----------
+    analysis
+        From `spectra.analyze`.
+    directory
+        Where to write; made if needed. Existing figures of the same names are replaced.
+    formats
+        File types that matplotlib can write: "svg", "png", "pdf".
+
+    Returns
+    -------
+    dict
+        Path in the first of the formats by name: "eigenvalues"; "density" and "density_symlog"
+        where the density was computed; "trace" where it was estimated from probes. Drawn with
+        matplotlib's default style, whatever the session's own is.
+
+    Raises
+    ------
+    ArgumentTypeError
+        Not an Analysis.
+    ArgumentError
+        No format, or one that matplotlib cannot write.
+    StorageError
+        The files cannot be written.
+    """
+    _check_analysis(analysis)
+    known = Figure().canvas.get_supported_filetypes()
+    if isinstance(formats, str) or not formats or not set(formats) <= set(known):
+        msg = f"formats={formats!r}; expected a sequence of {', '.join(sorted(known))}"
+        raise ArgumentError(msg)
+    directory = Path(directory)
+    paths = {}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, figure in _drawn(analysis):
+            for kind in formats:
+                (directory / f"{name}.{kind}").write_bytes(_rendered(figure, kind))
+            paths[name] = directory / f"{name}.{formats[0]}"
+    except OSError as error:
+        msg = f"could not write figures into {str(directory)!r}: {error}"
+        raise StorageError(msg) from error
+    return paths
+
+
+def write_report(
+    analysis: Analysis,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    figures: Mapping[str, str | Path] | None = None,
+) -> Path:
+    """Write an analysis as one HTML page that needs no other file and no network.
+
+    Parameters
+    ----------
+    analysis
+        From `spectra.analyze`.
+    path
+        Of the page.
+    title
+        Heading; by default what was analysed.
+    figures
+        SVG or PNG files to embed, by name, as `save_figures` returns them; drawn anew by default.
+
+    Returns
+    -------
+    Path
+        Of the page.
+
+    Raises
+    ------
+    ArgumentTypeError
+        Not an Analysis.
+    ArgumentError
+        A figure that is neither SVG nor PNG.
+    StorageError
+        A figure cannot be read, or the page not written.
+    """
+    _check_analysis(analysis)
+    path = Path(path)
+    if figures is None:
+        images = {name: (_rendered(figure, "svg"), ".svg") for name, figure in _drawn(analysis)}
+    else:
+        images = {name: _read_image(Path(file)) for name, file in figures.items()}
+    page = _TEMPLATES.get_template("report.html").render(
+        title=title or _heading(analysis),
+        summary=_summary(analysis),
+        failures=list(_failures(analysis)),
+        notes=list(_notes(analysis)),
+        figures=[_embedded(name, *image) for name, image in images.items()],
+        pairs=_pair_rows(analysis.eigenpairs),
+        certificate=_certificate(analysis.eigenpairs),
+        scalars=list(_scalars(analysis)),
+        costs=_costs(analysis),
+        provenance=list(_flattened(analysis.provenance)),
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        msg = f"could not write the report to {str(path)!r}: {error}"
+        raise StorageError(msg) from error
+    return path
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("spectra.report"),
+    # Model, parameter and function names are the user's: they must never become markup.
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def _check_analysis(analysis: Any) -> None:
+    if not isinstance(analysis, Analysis):
+        msg = (
+            f"expected an Analysis, as spectra.analyze returns it, got a {type(analysis).__name__}"
+        )
+        raise ArgumentTypeError(msg)
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def _drawn(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
+    """Each figure with its name, in the order of the page."""
+    draw: dict[str, Callable[[Axes], Axes]] = {"eigenvalues": analysis.eigenpairs.plot}
+    if (density := analysis.density) is not None:
+        draw["density"] = density.plot
+        draw["density_symlog"] = lambda ax: density.plot(ax, scale="symlog")
+    if analysis.trace is not None and len(analysis.trace.samples) > 1:
+        draw["trace"] = analysis.trace.plot
+    for name, function in draw.items():
+        with matplotlib.style.context(["default", _STYLE]):
+            figure = Figure(figsize=plots.FIGURE_SIZE, layout="constrained")
+            function(figure.add_subplot())
+            # Once, not again for every format.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+        yield name, figure
+
+
+def _rendered(figure: Figure, kind: str) -> bytes:
+    buffer = BytesIO()
+    # No date in vector files, so that the same result gives the same file.
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    with matplotlib.style.context(["default", _STYLE]):
+        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _read_image(path: Path) -> tuple[bytes, str]:
+    if path.suffix.lower() not in _TYPES:
+        msg = f"cannot embed {str(path)!r}: expected a figure in SVG or PNG"
+        raise ArgumentError(msg)
+    try:
+        return path.read_bytes(), path.suffix.lower()
+    except OSError as error:
+        msg = f"could not read the figure {str(path)!r}: {error}"
+        raise StorageError(msg) from error
+
+
+def _embedded(name: str, image: bytes, suffix: str) -> _Figure:
+    # As an image, not inline: the identifiers of several SVGs would collide, and scripts in a
+    # figure that came from elsewhere stay dead.
+    source = f"data:{_TYPES[suffix]};base64,{base64.b64encode(image).decode('ascii')}"
+    title, caption = _CAPTIONS.get(name, (name, ""))
+    return _Figure(title, caption, source)
+
+
+# --- words and numbers ---------------------------------------------------------------------------
+
+
+def _heading(analysis: Analysis) -> str:
+    """What was analysed, and its size."""
+    operator = analysis.provenance.get("operator", {})
+    name = operator.get("model") or operator.get("function")
+    subject = f"Curvature of {name}" if name else "Spectrum of a symmetric operator"
+    return f"{subject} (n = {len(analysis.eigenpairs.vectors):,})"
+
+
+def _summary(analysis: Analysis) -> str:
+    pairs = analysis.eigenpairs
+    parts = [_extremes(pairs)]
+    if analysis.trace is not None:
+        parts.append(f"trace {_estimated(analysis.trace)}")
+    parts.append(f"{int(pairs.converged.sum())} of {len(pairs)} eigenpairs converged")
+    seconds = sum(analysis.seconds.values())
+    parts.append(f"cost {_counted(analysis.total_matvecs, 'product')} in {seconds:.1f} s")
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _extremes(pairs: Eigenpairs) -> str:
+    """The most extreme eigenvalues of those searched for, by the name that is true of them."""
+    values = pairs.values
+    if pairs.which == "BE" and len(pairs) > 1:
+        chosen = [("largest eigenvalue", 0), ("smallest eigenvalue", len(pairs) - 1)]
+    elif pairs.which == "SA":
+        chosen = [("smallest eigenvalue", len(pairs) - 1)]
+    elif pairs.which == "LM" and -values[-1] > values[0]:
+        chosen = [("eigenvalue of largest magnitude", len(pairs) - 1)]
+    else:
+        chosen = [("largest eigenvalue", 0)]
+    return "; ".join(
+        f"{name} {_with_error(values[i], pairs.residuals[i])}"
+        + ("" if pairs.converged[i] else " (not converged)")
+        for name, i in chosen
+    )
+
+
+def _estimated(estimate: Estimate) -> str:
+    text = f"{_value(estimate)} ({_error(estimate)}"
+    return text + ("" if estimate.converged else "; tolerance not reached") + ")"
+
+
+def _value(estimate: Estimate) -> str:
+    low, high = _interval(estimate)
+    return _rounded(estimate.value, max(estimate.value - low, high - estimate.value))
+
+
+def _error(estimate: Estimate) -> str:
+    low, high = _interval(estimate)
+    if estimate.exact:
+        return "exact, to rounding"
+    if math.isinf(high):
+        return "no interval from fewer than two probes"
+    bounded = estimate.bounds is not None
+    level = estimate.bounds_confidence if bounded else estimate.confidence
+    half = (high - low) / 2
+    ends = _rounded(low, half), _rounded(high, half)
+    if ends[0] == ends[1]:
+        error = max(estimate.value - low, high - estimate.value)
+        return f"within {error:.1g} with {100 * level:g}% probability"
+    return f"{100 * level:g}% interval {ends[0]} to {ends[1]}"
+
+
+def _interval(estimate: Estimate) -> tuple[float, float]:
+    return estimate.bounds if estimate.bounds is not None else estimate.interval()
+
+
+def _with_error(value: float, error: float) -> str:
+    text = _rounded(value, error)
+    # "2.76225 ± 3e-15" would claim digits that are not there.
+    if error < abs(float(text) - value):
+        return f"{text} (residual {error:.1g})"
+    return f"{text} ± {error:.1g}"
+
+
+def _rounded(value: float, error: float) -> str:
+    """`value` to the second digit of its error, but at least three and at most six digits."""
+    digits = 6
+    if value != 0 and math.isfinite(error) and error > 0:
+        digits = math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + 2
+    return f"{value:.{min(max(digits, 3), 6)}g}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _pair_rows(pairs: Eigenpairs) -> list[tuple[int, str, str, bool]]:
+    return [
+        (i, f"{value:.8g}", f"{residual:.2g}", bool(good))
+        for i, (value, residual, good) in enumerate(
+            zip(pairs.values, pairs.residuals, pairs.converged, strict=True), start=1
+        )
+    ]
+
+
+def _certificate(pairs: Eigenpairs) -> str:
+    above, below = pairs.no_eigenvalue_above, pairs.no_eigenvalue_below
+    claims = []
+    if above is not None:
+        claims.append(f"above {above:.4g}")
+    if below is not None:
+        claims.append(f"below {below:.4g}")
+    if not claims:
+        return ""
+    return (
+        f"With {100 * pairs.certificate_confidence:g}% probability there is no other eigenvalue "
+        f"{' or '.join(claims)}."
+    )
+
+
+def _scalars(analysis: Analysis) -> Iterator[_Scalar]:
+    """Rows of single numbers, each with its error."""
+    for name, number in (
+        ("loss", analysis.value),
+        ("gradient norm", analysis.gradient_norm),
+    ):
+        if number is not None:
+            error = "exact over the data, to rounding"
+            yield _Scalar(name, f"{number:.6g}", error, "one pass over the data", "0", True)
+    for estimate in (analysis.spectral_norm, analysis.trace, analysis.frobenius_norm):
+        if estimate is not None:
+            method = estimate.method
+            if len(estimate.samples):
+                method += f"; {_counted(len(estimate.samples), 'probe')}"
+            yield _Scalar(
+                estimate.quantity,
+                _value(estimate),
+                _error(estimate),
+                method,
+                f"{estimate.matvecs:,}",
+                estimate.converged,
+            )
+
+
+def _failures(analysis: Analysis) -> Iterator[str]:
+    """The parts that did not reach their tolerance."""
+    missed = int((~analysis.eigenpairs.converged).sum())
+    if missed:
+        yield f"{missed} of {_counted(len(analysis.eigenpairs), 'eigenpair')}"
+    for estimate in (analysis.spectral_norm, analysis.trace, analysis.frobenius_norm):
+        if estimate is not None and not estimate.converged:
+            yield estimate.quantity
+
+
+def _notes(analysis: Analysis) -> Iterator[tuple[str, str]]:
+    """What every part says should be known before believing it."""
+    parts = {
+        "eigenpairs": analysis.eigenpairs,
+        "spectral norm": analysis.spectral_norm,
+        "trace": analysis.trace,
+        "Frobenius norm": analysis.frobenius_norm,
+        "density": analysis.density,
+    }
+    for name, part in parts.items():
+        if part is not None:
+            yield from ((name, note) for note in part.notes)
+
+
+def _costs(analysis: Analysis) -> list[tuple[str, str, str]]:
+    rows = [
+        (name, f"{analysis.matvecs.get(name, 0):,}", f"{seconds:.2f}")
+        for name, seconds in analysis.seconds.items()
+    ]
+    total = sum(analysis.seconds.values())
+    return [*rows, ("total", f"{analysis.total_matvecs:,}", f"{total:.2f}")]
+
+
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested provenance as rows of a table."""
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{path} · ")
+        else:
+            yield path, str(value)

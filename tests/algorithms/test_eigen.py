@@ -1,0 +1,760 @@
+"""Eigenpairs: right, complete, and with residuals that tell the truth."""
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import spectra
+from spectra.errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from tests.cases.matrices import (
+    WILKINSON_TOP,
+    Diagonal,
+    Noisy,
+    Poisoned,
+    Rotated,
+    dense,
+    laplacian,
+    laplacian_spectrum,
+    operator,
+    orthogonal,
+    rank_one,
+    s1,
+    s1z,
+    s2,
+    s3,
+    s4,
+    s5,
+    semicircle,
+    tanh_network,
+    wilkinson,
+)
+
+# Products beside the Krylov steps: the search for missed eigenvalues.
+CERTIFICATE = 5
+
+
+def wanted(values, k, which):
+    """What eigsh should return, from all eigenvalues, written a second time."""
+    ascending = np.sort(values)
+    if which == "LA":
+        chosen = ascending[len(values) - k :]
+    elif which == "SA":
+        chosen = ascending[:k]
+    elif which == "BE":
+        low, high = k // 2, k - k // 2
+        chosen = np.concatenate([ascending[:low], ascending[len(values) - high :]])
+    else:
+        chosen = sorted(values, key=abs)[-k:]
+    return np.sort(chosen)[::-1]
+
+
+def residuals_of(matrix, pairs):
+    x = np.asarray(pairs.vectors, dtype=float)
+    product = np.stack([matrix @ column for column in x.T], axis=1)
+    return np.linalg.norm(product - x * pairs.values, axis=0)
+
+
+def distances(pairs, spectrum):
+    """From each returned value to the nearest eigenvalue."""
+    return np.abs(np.asarray(spectrum)[:, None] - pairs.values).min(axis=0)
+
+
+# --- against dense eigenvalues ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7, 11, 12])
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+def test_all_ends_agree_with_the_dense_eigenvalues(which, k, dtype, tolerance):
+    generator = np.random.default_rng(k)
+    matrix = generator.normal(size=(12, 12))
+    matrix = (matrix + matrix.T).astype(dtype)
+    reference = np.linalg.eigvalsh(matrix.astype(float))
+    pairs = spectra.eigsh(matrix, k, which=which, tol=tolerance)
+    assert pairs.values == pytest.approx(wanted(reference, k, which), abs=10 * tolerance)
+    assert pairs.converged.all()
+    assert pairs.values.dtype == np.float64
+    assert pairs.vectors.dtype == dtype
+    assert pairs.vectors.shape == (12, k)
+    assert np.abs(pairs.vectors.T @ pairs.vectors - np.eye(k)).max() < 10 * tolerance
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+@pytest.mark.parametrize("make", [s1, s2, s3, s4, s5], ids=lambda make: make.__name__)
+def test_large_spectra_agree_with_what_they_were_made_of(make, which):
+    values = make(400)
+    pairs = spectra.eigsh(Rotated(values), 6, which=which, tol=1e-6, max_matvecs=1000)
+    assert pairs.converged.all()
+    assert pairs.values == pytest.approx(wanted(values, 6, which), abs=1e-8)
+
+
+def test_the_default_tolerance_gives_eigenvalues_to_its_square():
+    values = s1(1000)
+    pairs = spectra.eigsh(Rotated(values), 10)
+    assert np.abs(pairs.values / values[:10] - 1).max() < 1e-5
+
+
+def test_the_laplacian_gives_its_cosines_at_both_ends():
+    pairs = spectra.eigsh(laplacian(100), 8, which="BE", tol=1e-8)
+    assert pairs.values == pytest.approx(wanted(laplacian_spectrum(100), 8, "BE"), abs=1e-10)
+
+
+def test_eigenvectors_are_those_of_the_matrix():
+    values, matrix = s1(300), Rotated(s1(300))
+    pairs = spectra.eigsh(matrix, 4, which="LA", tol=1e-9)
+    exact = np.stack([matrix.reflect(unit) for unit in np.eye(300)[:4]], axis=1)
+    overlaps = np.abs((exact * pairs.vectors).sum(axis=0))
+    assert overlaps == pytest.approx(np.ones(4), abs=1e-12)
+    assert pairs.values == pytest.approx(values[:4])
+
+
+# --- kinds of input ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("convert", "kind"),
+    [
+        (lambda a: a, np.ndarray),
+        (lambda a: a.astype(np.float32), np.ndarray),
+        (scipy.sparse.csr_array, np.ndarray),
+        (scipy.sparse.coo_matrix, np.ndarray),
+        (scipy.sparse.linalg.aslinearoperator, np.ndarray),
+        (torch.from_numpy, torch.Tensor),
+        (lambda a: torch.from_numpy(a).float(), torch.Tensor),
+        (lambda a: a.tolist() and np.asfortranarray(a), np.ndarray),
+    ],
+    ids=["numpy", "float32", "csr", "coo", "linear operator", "torch", "torch float32", "fortran"],
+)
+def test_every_kind_of_matrix_gives_vectors_of_its_own_kind(convert, kind):
+    values = np.array([7.0, -6.0, 2.0, 1.0, 0.5, -0.2])
+    pairs = spectra.eigsh(convert(dense(values)), 3)
+    assert isinstance(pairs.vectors, kind)
+    assert pairs.values == pytest.approx([7, 2, -6], abs=1e-5)
+
+
+def test_integer_matrices_are_taken():
+    assert spectra.eigsh(np.diag([4, -9, 2]), 2).values == pytest.approx([4, -9])
+
+
+def test_a_function_of_one_vector_is_a_linear_operator():
+    # SciPy's `@` would hand this function an (n, 1) column, and broadcasting make n x n of it.
+    diagonal = np.array([4.0, 3.0, 2.0, 1.0, 0.5])
+    h = scipy.sparse.linalg.LinearOperator((5, 5), matvec=lambda x: diagonal * x, dtype=float)
+    assert spectra.eigsh(h, 2).values == pytest.approx([4, 3])
+
+
+def test_a_linear_operator_may_return_its_argument():
+    # The identity, as it is often written: the product is the basis vector itself.
+    h = scipy.sparse.linalg.LinearOperator((6, 6), matvec=lambda x: x, dtype=float)
+    pairs = spectra.eigsh(h, 3)
+    assert pairs.values == pytest.approx([1, 1, 1])
+    assert pairs.converged.all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+def test_a_networks_hessian_agrees_with_its_dense_one(which, dtype, tolerance):
+    h, reference = tanh_network(dtype)
+    pairs = spectra.eigsh(h, 6, which=which, tol=tolerance)
+    spectrum = np.linalg.eigvalsh(reference)
+    assert pairs.values == pytest.approx(wanted(spectrum, 6, which), abs=tolerance)
+    assert isinstance(pairs.vectors, torch.Tensor)
+    assert pairs.vectors.dtype == dtype
+    assert (residuals_of(reference, pairs) < pairs.residuals + 1e-5 * tolerance / 1e-9).all()
+    assert (distances(pairs, spectrum) <= pairs.residuals + tolerance).all()
+
+
+# --- the shape of the answer ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+def test_values_descend_whatever_was_asked_for(which):
+    pairs = spectra.eigsh(dense(s4(40)), 9, which=which)
+    assert (np.diff(pairs.values) <= 0).all()
+
+
+def test_the_pairs_unpack_as_scipys_do():
+    pairs = spectra.eigsh(np.diag([3.0, 2.0, 1.0]), 2)
+    values, vectors = pairs
+    assert values is pairs.values
+    assert vectors is pairs.vectors
+    assert len(pairs) == 2
+
+
+def test_intervals_are_the_values_with_their_residuals():
+    pairs = spectra.eigsh(dense(s1(100)), 3)
+    assert pairs.intervals.shape == (3, 2)
+    assert pairs.intervals.mean(axis=1) == pytest.approx(pairs.values)
+    assert (pairs.intervals[:, 1] - pairs.intervals[:, 0]) / 2 == pytest.approx(pairs.residuals)
+
+
+def test_the_text_shows_a_residual_beside_every_value_and_marks_what_failed():
+    text = str(spectra.eigsh(Rotated(s3(200)), 8, max_matvecs=30))
+    lines = text.splitlines()
+    assert lines[0].startswith("8 eigenpairs (largest in magnitude) of n = 200: ")
+    assert "30 matvecs" in lines[0]
+    table = lines[2:10]
+    assert all(len(line.split()) >= 3 for line in table)
+    assert "not converged" in table[-1]
+    assert "not converged" not in table[0]
+    assert "note: " in lines[-1]
+
+
+def test_the_text_states_the_bound_with_its_probability():
+    text = str(spectra.eigsh(Rotated(s1(200)), 10, which="BE"))
+    assert "with 99% probability no other eigenvalue exceeds" in text
+    assert "with 99% probability no other eigenvalue is below" in text
+
+
+def test_the_products_are_counted_exactly():
+    h = operator(Rotated(s1(200)))
+    first = spectra.eigsh(h, 4)
+    second = spectra.eigsh(h, 4, seed=1)
+    assert first.matvecs + second.matvecs == h.matvecs
+
+
+# --- the residual tells the truth -------------------------------------------------------------
+
+
+@st.composite
+def matrices_of_any_kind(draw):
+    """Up to 14 eigenvalues: clusters, multiplicities, zeros, ± pairs, many scales; any rotation."""
+    base = draw(
+        st.lists(
+            st.one_of(
+                st.sampled_from([0.0, 1.0, -1.0, 1e-8, 100.0]),
+                st.floats(-10, 10, allow_subnormal=False),
+            ),
+            min_size=1,
+            max_size=7,
+        )
+    )
+    values = list(base)
+    for value in base:
+        kind = draw(st.sampled_from(["once", "twice", "close", "negated"]))
+        values += {
+            "once": [],
+            "twice": [value],
+            "close": [value * (1 + 1e-9)],
+            "negated": [-value],
+        }[kind]
+    matrix = dense(values, draw(st.integers(0, 5)))
+    return matrix.astype(draw(st.sampled_from([np.float64, np.float32])))
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(
+    matrix=matrices_of_any_kind(),
+    share=st.floats(0, 1),
+    which=st.sampled_from(["LM", "LA", "SA", "BE"]),
+    tol=st.sampled_from([1e-1, 1e-3, 1e-8]),
+    seed=st.integers(0, 5),
+)
+def test_an_eigenvalue_is_within_the_residual_of_every_value(matrix, share, which, tol, seed):
+    k = max(1, round(share * len(matrix)))
+    pairs = spectra.eigsh(matrix, k, which=which, tol=tol, seed=seed)
+    exact = np.linalg.eigvalsh(matrix.astype(float))
+    scale = np.abs(exact).max()
+    rounding = 20 * np.finfo(matrix.dtype).eps * scale
+    assert len(pairs) == k
+    assert (distances(pairs, exact) <= pairs.residuals + rounding).all()
+    # The residuals are those of the vectors that were returned, which are orthonormal.
+    measured = residuals_of(matrix.astype(float), pairs)
+    assert np.abs(measured - pairs.residuals).max() <= rounding
+    gram = pairs.vectors.T.astype(float) @ pairs.vectors
+    assert np.abs(gram - np.eye(k)).max() < 100 * np.finfo(matrix.dtype).eps
+    # `converged` says what it is documented to say, up to rounding.
+    limits = tol * np.maximum(np.abs(pairs.values), tol * scale)
+    assert (pairs.converged | (pairs.residuals > 0.9 * limits)).all()
+    assert (~pairs.converged | (pairs.residuals <= 1.01 * limits + rounding)).all()
+    # Nothing of these tiny spectra is out of sight of a budget of 20 k + 200.
+    assert pairs.matvecs <= 20 * k + 200
+    expected = wanted(exact, k, which)
+    found = pairs.values
+    if which == "LM":
+        # Of +λ and -λ either may be the last that is wanted.
+        expected, found = np.sort(np.abs(expected)), np.sort(np.abs(found))
+    assert found == pytest.approx(expected, abs=2 * tol * scale + rounding)
+
+
+@pytest.mark.parametrize("which", ["LM", "SA"])
+def test_pairs_that_ran_out_of_products_are_returned_and_marked(which):
+    values = s2(400)
+    h = operator(Rotated(values))
+    pairs = spectra.eigsh(h, 10, which=which, max_matvecs=25)
+    assert h.matvecs == pairs.matvecs == 25
+    assert len(pairs) == 10
+    assert not pairs.converged.all()
+    assert pairs.residuals == pytest.approx(residuals_of(Rotated(values), pairs), abs=1e-12)
+    assert (distances(pairs, values) <= pairs.residuals).all()
+    good = int(pairs.converged.sum())
+    assert any(f"{good} of 10 pairs converged within 25 matvecs" in note for note in pairs.notes)
+    assert pairs.no_eigenvalue_above is None
+    assert pairs.no_eigenvalue_below is None
+
+
+@pytest.mark.parametrize("budget", [20, 21, 24, 27, 29, 30, 33, 40])
+def test_a_budget_is_never_exceeded(budget):
+    h = operator(Rotated(s1(200)))
+    pairs = spectra.eigsh(h, 10, max_matvecs=budget)
+    assert h.matvecs == pairs.matvecs <= budget
+    assert (distances(pairs, s1(200)) <= pairs.residuals + 1e-12).all()
+
+
+def test_a_budget_without_room_for_the_search_says_so():
+    # Enough to converge and to measure; nothing is left to look for copies.
+    h = operator(Rotated(s1(200)))
+    steps = spectra.eigsh(h, 3).matvecs - 3 - CERTIFICATE
+    pairs = spectra.eigsh(h, 3, max_matvecs=steps + 3)
+    assert pairs.converged.all()
+    assert pairs.no_eigenvalue_above is None
+    assert any("no products to look for missed eigenvalues" in note for note in pairs.notes)
+
+
+# --- bounded memory ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+@pytest.mark.parametrize("ncv", [7, 8, 10, 20, 40])
+def test_a_small_basis_gives_the_same_answer(ncv, which):
+    ends = [10.0, 8.0, 6.6, 5.3, 4.1, -3.3, -4.4, -5.9, -7.2, -9.0]
+    values = np.concatenate([ends, np.linspace(-2, 2, 140)])
+    pairs = spectra.eigsh(Rotated(values), 5, which=which, ncv=ncv, tol=1e-5, max_matvecs=2000)
+    assert pairs.basis_size == ncv
+    assert pairs.converged.all()
+    assert pairs.values == pytest.approx(wanted(values, 5, which), abs=1e-6)
+    assert np.abs(pairs.vectors.T @ pairs.vectors - np.eye(5)).max() < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_small_basis_finds_every_copy(seed):
+    values = s5(300)
+    pairs = spectra.eigsh(Rotated(values), 4, ncv=6, seed=seed, max_matvecs=2000)
+    assert pairs.values == pytest.approx([50, 50, 50, 20], rel=1e-5)
+    assert pairs.converged.all()
+
+
+def test_the_basis_holds_the_whole_space_of_a_small_matrix():
+    pairs = spectra.eigsh(dense(np.arange(30.0)), 4, tol=1e-12)
+    assert pairs.basis_size == 30
+    # Nothing more to learn: the rest of the spectrum is known to rounding.
+    assert pairs.matvecs <= 30 + 4
+
+
+# --- missed eigenvalues -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 7, 12])
+def test_every_copy_of_a_multiple_eigenvalue_is_found(k):
+    values = s5(300)
+    for seed in range(25):
+        pairs = spectra.eigsh(Rotated(values), k, seed=seed)
+        assert pairs.values == pytest.approx(values[:k], rel=1e-5)
+        assert pairs.converged.all()
+
+
+def test_copies_that_were_taken_in_are_mentioned():
+    pairs = spectra.eigsh(Rotated(s5(300)), 4)
+    assert any("repeated or clustered" in note for note in pairs.notes)
+    assert spectra.eigsh(Rotated(s1(300)), 4).notes == ()
+
+
+@pytest.mark.parametrize("make", [s1, s3], ids=lambda make: make.__name__)
+def test_the_bound_on_the_rest_holds_as_often_as_it_says(make):
+    values = make(200)
+    rest = np.setdiff1d(values, wanted(values, 10, "LM"))
+    held, ratio = 0, []
+    for seed in range(200):
+        pairs = spectra.eigsh(Rotated(values), 10, seed=seed)
+        held += rest[-1] <= pairs.no_eigenvalue_above and rest[0] >= pairs.no_eigenvalue_below
+        ratio.append(pairs.no_eigenvalue_above / rest[-1])
+    assert held >= 0.97 * 200
+    # A bound that always holds because it says nothing would be no help.
+    assert np.median(ratio) < 3
+
+
+@pytest.mark.parametrize(
+    ("which", "above", "below"),
+    [
+        ("LA", True, False),
+        ("SA", False, True),
+        ("LM", True, True),
+        ("BE", True, True),
+    ],
+)
+def test_only_the_ends_that_were_searched_are_bounded(which, above, below):
+    pairs = spectra.eigsh(Rotated(s1(200)), 5, which=which)
+    assert (pairs.no_eigenvalue_above is not None) == above
+    assert (pairs.no_eigenvalue_below is not None) == below
+
+
+def test_a_basis_of_the_whole_space_knows_the_rest_exactly():
+    values = np.array([9.0, 5.0, 4.5, 1.0, -2.0, -7.0])
+    pairs = spectra.eigsh(dense(values), 3)
+    assert pairs.values == pytest.approx([9, 5, -7])
+    assert pairs.no_eigenvalue_above == pytest.approx(4.5)
+    assert pairs.no_eigenvalue_below == pytest.approx(-2.0)
+
+
+def test_nothing_is_said_about_the_rest_where_there_is_none():
+    pairs = spectra.eigsh(dense(np.arange(5.0)), 5)
+    assert pairs.no_eigenvalue_above is None
+    assert pairs.no_eigenvalue_below is None
+
+
+def test_the_wilkinson_pair_is_found_or_not_ruled_out():
+    # 7e-14 apart, no Krylov space tells them apart; five steps beside the first see the second
+    # in about nine of ten runs, and the bound never claims that it is not there.
+    found = 0
+    for seed in range(60):
+        pairs = spectra.eigsh(wilkinson(), 2, which="LA", seed=seed)
+        assert pairs.values[0] == pytest.approx(WILKINSON_TOP[0], rel=1e-5)
+        both = abs(pairs.values[1] - WILKINSON_TOP[0]) < 1e-4
+        assert both or pairs.no_eigenvalue_above > WILKINSON_TOP[0]
+        assert pairs.converged.all()
+        found += both
+    assert found >= 48
+
+
+def test_pairs_stay_converged_when_the_search_comes_close_to_them():
+    # What the search finds mixes with the wanted vectors where it nearly reaches their values; the
+    # mixture must not be returned. These seeds did, with a residual three times the tolerance.
+    for seed in range(40):
+        pairs = spectra.eigsh(wilkinson(), 2, which="LA", seed=seed)
+        assert pairs.converged.all(), seed
+
+
+# --- breakdown and tiny problems --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+@pytest.mark.parametrize("scale", [-2.5, 1e-20, 1.0, 1e20])
+def test_a_multiple_of_the_identity_has_only_that_eigenvalue(scale, k):
+    pairs = spectra.eigsh(scale * np.eye(6), k)
+    assert pairs.values == pytest.approx(np.full(k, scale))
+    assert pairs.converged.all()
+    assert np.abs(pairs.vectors.T @ pairs.vectors - np.eye(k)).max() < 1e-14
+
+
+@pytest.mark.parametrize("n", [1, 2, 50])
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+def test_the_zero_matrix_has_only_zeros(n, which):
+    pairs = spectra.eigsh(np.zeros((n, n)), 1, which=which)
+    assert np.array_equal(pairs.values, [0.0])
+    assert np.array_equal(pairs.residuals, [0.0])
+    assert pairs.converged.all()
+
+
+@pytest.mark.parametrize("eigenvalue", [3.0, -3.0])
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+def test_rank_one_has_one_eigenvalue_and_zeros(which, eigenvalue):
+    pairs = spectra.eigsh(rank_one(40, eigenvalue), 3, which=which)
+    expected = wanted(np.concatenate([[eigenvalue], np.zeros(39)]), 3, which)
+    assert pairs.values == pytest.approx(expected, abs=1e-12)
+    assert pairs.converged.all()
+
+
+def test_plus_and_minus_one_are_both_found():
+    # The smallest saddle: f = w1 w2.
+    pairs = spectra.eigsh(np.array([[0.0, 1.0], [1.0, 0.0]]), 2)
+    assert pairs.values == pytest.approx([1, -1])
+    many = spectra.eigsh(dense(np.repeat([1.0, -1.0], 15)), 4, which="BE")
+    assert many.values == pytest.approx([1, 1, -1, -1])
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+def test_one_by_one_is_its_own_eigenvalue(which):
+    pairs = spectra.eigsh(np.array([[-4.0]]), 1, which=which)
+    assert np.array_equal(pairs.values, [-4.0])
+    assert np.array_equal(np.abs(pairs.vectors), [[1.0]])
+    assert pairs.converged.all()
+
+
+def test_a_singular_matrix_has_the_eigenvalue_zero_below():
+    # ARPACK returns the smallest eigenvalue that is not zero here.
+    values = np.concatenate([np.linspace(1, 2, 99), [0.0]])
+    pairs = spectra.eigsh(dense(values), 2, which="SA")
+    assert pairs.values == pytest.approx([1, 0], abs=1e-4)
+
+
+def test_an_eigenvalue_near_zero_between_others_is_not_skipped():
+    # ARPACK, whose test of convergence is relative to each value, skipped it in 100 of 100 runs.
+    values = np.array([-10.0, -3.0, 0.0, 1e-12, 1.0, 2.0, 3.0, 4.0, 5.0, 9.0])
+    for seed in range(20):
+        pairs = spectra.eigsh(dense(values, seed), 5, which="SA", seed=seed)
+        assert pairs.values == pytest.approx([1, 0, 0, -3, -10], abs=1e-6)
+
+
+# --- start vectors ----------------------------------------------------------------------------
+
+
+def test_a_start_in_an_invariant_subspace_does_not_hide_the_rest():
+    # The start lies in the first block, whose Krylov space is exhausted after 4 steps and exact.
+    top = scipy.sparse.block_diag([np.diag([4.0, 3.0, 2.0, 1.0]), dense(s1(60))]).toarray()
+    start = np.zeros(64)
+    start[:4] = 1.0
+    pairs = spectra.eigsh(top, 3, which="LA", v0=start)
+    assert pairs.values == pytest.approx(s1(60)[:3], rel=1e-5)
+    assert pairs.converged.all()
+
+
+def test_a_start_at_an_eigenvector_of_the_wrong_end_is_recovered_from():
+    pairs = spectra.eigsh(np.diag(np.arange(50.0)), 2, which="LA", v0=np.eye(50)[0])
+    assert pairs.values == pytest.approx([49, 48], rel=1e-5)
+
+
+def test_a_start_at_the_answer_saves_products():
+    values, matrix = s2(300), Rotated(s2(300))
+    cold = spectra.eigsh(matrix, 3, which="LA")
+    warm = spectra.eigsh(matrix, 3, which="LA", v0=cold.vectors.sum(axis=1))
+    assert warm.matvecs < cold.matvecs
+    assert warm.values == pytest.approx(values[:3], rel=1e-5)
+
+
+@pytest.mark.parametrize("start", [np.ones(10), torch.ones(10), [1] * 10])
+def test_a_start_of_any_kind_is_taken_and_left_alone(start):
+    before = np.asarray(start).copy()
+    assert spectra.eigsh(np.diag(np.arange(10.0)), 1, v0=start).values == pytest.approx([9])
+    assert np.array_equal(np.asarray(start), before)
+
+
+# --- equivariance and reproducibility ---------------------------------------------------------
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(factor=st.sampled_from([1e-12, 0.3, 7.0, 1e9]), seed=st.integers(0, 3))
+def test_scaling_the_matrix_scales_everything(factor, seed):
+    matrix = dense(s3(60), seed)
+    plain = spectra.eigsh(matrix, 4, seed=seed)
+    scaled = spectra.eigsh(factor * matrix, 4, seed=seed)
+    assert scaled.values == pytest.approx(factor * plain.values, rel=1e-9)
+    assert scaled.residuals == pytest.approx(factor * plain.residuals, rel=1e-3, abs=1e-10 * factor)
+    assert scaled.matvecs == plain.matvecs
+    assert scaled.no_eigenvalue_above == pytest.approx(factor * plain.no_eigenvalue_above, rel=1e-6)
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(shift=st.floats(-50, 50), seed=st.integers(0, 3))
+def test_shifting_the_matrix_shifts_the_values(shift, seed):
+    matrix = dense(s3(60), seed)
+    shifted = spectra.eigsh(matrix + shift * np.eye(60), 4, which="LA", seed=seed, tol=1e-7)
+    assert shifted.values == pytest.approx(s3(60)[:4] + shift, abs=1e-6)
+
+
+def test_negating_the_matrix_exchanges_the_ends():
+    matrix = dense(s1(100))
+    top = spectra.eigsh(matrix, 4, which="LA")
+    bottom = spectra.eigsh(-matrix, 4, which="SA")
+    assert bottom.values == pytest.approx(-top.values[::-1], rel=1e-12)
+    assert bottom.no_eigenvalue_below == pytest.approx(-top.no_eigenvalue_above)
+    assert bottom.matvecs == top.matvecs
+
+
+@pytest.mark.parametrize("turn", ["permutation", "rotation"])
+def test_a_change_of_basis_changes_no_eigenvalue(turn):
+    matrix = dense(s3(80))
+    change = orthogonal(80, 5)
+    if turn == "permutation":
+        change = np.eye(80)[np.random.default_rng(0).permutation(80)]
+    turned = change @ matrix @ change.T
+    first = spectra.eigsh(matrix, 5, tol=1e-8)
+    second = spectra.eigsh((turned + turned.T) / 2, 5, tol=1e-8)
+    assert second.values == pytest.approx(first.values, rel=1e-10)
+    back = change.T @ second.vectors
+    assert np.abs((back * first.vectors).sum(axis=0)) == pytest.approx(np.ones(5), abs=1e-9)
+
+
+def test_the_same_seed_gives_the_same_answer_to_the_last_bit():
+    first, second = (spectra.eigsh(Rotated(s5(200)), 5, seed=3) for _ in range(2))
+    assert np.array_equal(first.values, second.values)
+    assert np.array_equal(first.vectors, second.vectors)
+    assert np.array_equal(first.residuals, second.residuals)
+    assert first.no_eigenvalue_above == second.no_eigenvalue_above
+    other = spectra.eigsh(Rotated(s5(200)), 5, seed=4)
+    assert not np.array_equal(first.vectors, other.vectors)
+
+
+def test_the_global_random_state_is_neither_read_nor_written():
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the global state is what is looked at
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first = spectra.eigsh(Rotated(s1(100)), 3)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert np.array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
+    torch.manual_seed(2)
+    assert np.array_equal(first.vectors, spectra.eigsh(Rotated(s1(100)), 3).vectors)
+
+
+# --- products that are not exact --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relative", [1e-3, 1e-2])
+def test_a_noisy_operator_is_found_out(relative):
+    values = s1(1000)
+    pairs = spectra.eigsh(Noisy(values, relative), 10)
+    true = residuals_of(np.diag(values), pairs)
+    # The recurrence claims 1e-5; what is measured holds the noise of the measuring product, too.
+    assert (pairs.residuals > 0.3 * true).all()
+    assert (pairs.residuals < 3 * true + relative * pairs.values).all()
+    assert (distances(pairs, values) <= pairs.residuals).all()
+    assert not pairs.converged.any()
+    assert any("products are less exact than tol asks for" in note for note in pairs.notes)
+    # Outliers are robust all the same.
+    assert np.abs(pairs.values / values[:10] - 1).max() < 10 * relative
+
+
+def test_noise_is_named_also_where_the_budget_ends_first():
+    pairs = spectra.eigsh(Noisy(s1(1000), 1e-1), 10, which="SA", max_matvecs=70)
+    assert any("pairs converged within 70 matvecs" in note for note in pairs.notes)
+    assert any("products are less exact than tol asks for" in note for note in pairs.notes)
+
+
+def test_noise_below_the_tolerance_is_no_matter():
+    pairs = spectra.eigsh(Noisy(s1(1000), 1e-6), 10)
+    assert pairs.converged.all()
+    assert pairs.notes == ()
+
+
+def test_single_precision_below_its_rounding_does_not_pass_for_converged():
+    pairs = spectra.eigsh(Rotated(s1(1000), dtype=np.float32), 10, tol=1e-9)
+    assert (distances(pairs, s1(1000)) <= pairs.residuals + 2e-5).all()
+    assert (~pairs.converged | (pairs.residuals <= 5e-7 * 100)).all()
+
+
+# Number 17 is one of a block, computed to measure the residuals.
+@pytest.mark.parametrize("at", [1, 4, 17])
+def test_a_product_with_nan_is_named_by_its_number(at):
+    h = operator(Poisoned(s1(200), at))
+    message = f"matvec {at} returned 1 non-finite of 200 entries; the Poisoned"
+    with pytest.raises(NonFiniteError, match=message):
+        spectra.eigsh(h, 5)
+
+
+# --- what it costs ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "which", "tol", "steps"),
+    [
+        (s1, "LA", 1e-3, 17),
+        (s1, "LA", 1e-6, 20),
+        (s1, "LM", 1e-3, 17),
+        (s1z, "LA", 1e-3, 17),
+        (s1z, "LA", 1e-6, 20),
+        (s2, "LA", 1e-3, 27),
+        (s2, "LA", 1e-6, 32),
+        (s3, "LA", 1e-3, 35),
+        (s3, "LA", 1e-6, 40),
+        (s4, "LM", 1e-3, 17),
+        (s4, "LM", 1e-6, 20),
+        (semicircle, "LA", 1e-3, 175),
+        (s1, "SA", 1e-3, 97),
+        (s1, "SA", 1e-6, 117),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_ten_pairs_cost_no_more_than_the_study_measured(make, which, tol, steps):
+    # Medians over seeds of steps, plus 30 %; the search for missed pairs and k residuals on top.
+    values = make(2000)
+    spent = []
+    for seed in range(3):
+        h = operator(Diagonal(values))
+        pairs = spectra.eigsh(h, 10, which=which, tol=tol, seed=seed, max_matvecs=500)
+        assert pairs.converged.all()
+        spent.append(h.matvecs)
+    assert np.median(spent) <= 1.3 * steps + CERTIFICATE + 10
+
+
+def test_a_small_basis_costs_little_more():
+    spent = {}
+    for ncv in (40, 80):
+        h = operator(Diagonal(s1(2000)))
+        assert spectra.eigsh(h, 10, which="SA", ncv=ncv).converged.all()
+        spent[ncv] = h.matvecs
+    assert spent[80] <= 1.3 * 97 + CERTIFICATE + 10
+    assert spent[40] <= 1.3 * 125 + CERTIFICATE + 10
+
+
+def test_both_ends_cost_the_slower_of_them():
+    def cost(which, k):
+        h = operator(Diagonal(s1(2000)))
+        spectra.eigsh(h, k, which=which)
+        return h.matvecs
+
+    assert cost("BE", 10) <= cost("LA", 5) + cost("SA", 5)
+
+
+def test_single_precision_is_right_at_two_million_entries():
+    # Norms summed in float32 would be 1e-4 off; a breakdown threshold of n eps ‖H‖ would end it.
+    n = 2_000_000
+    bulk = np.linspace(-0.3, 0.3, n - 3, dtype=np.float32)
+    values = np.concatenate([np.array([100, 30, 10], dtype=np.float32), bulk])
+    h = operator(Diagonal(values, np.float32))
+    pairs = spectra.eigsh(h, 3, which="LA", ncv=12)
+    assert pairs.values == pytest.approx([100, 30, 10], rel=1e-5)
+    assert pairs.converged.all()
+    assert 10 <= h.matvecs <= 40
+    assert pairs.vectors.dtype == np.float32
+    assert 0.3 <= pairs.no_eigenvalue_above < 10
+
+
+# --- wrong arguments --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"k": 0}, ArgumentError, r"k=0, but the operator is 9 x 9; expected 1 <= k <= 9"),
+        ({"k": -1}, ArgumentError, r"k=-1, .*expected 1 <= k <= 9"),
+        ({"k": 10}, ArgumentError, r"k=10, .*expected 1 <= k <= 9"),
+        ({"k": 2.0}, ArgumentTypeError, r"k=2.0; expected an integer"),
+        ({"k": True}, ArgumentTypeError, r"k=True; expected an integer"),
+        ({"k": "2"}, ArgumentTypeError, r"k='2'; expected an integer"),
+        ({"which": "SM"}, ArgumentError, r"which='SM' asks for eigenvalues inside the spectrum"),
+        ({"which": "la"}, ArgumentError, r"which='la'; expected one of LM, LA, SA, BE"),
+        ({"which": "LR"}, ArgumentError, r"which='LR'; expected one of"),
+        ({"tol": 0}, ArgumentError, r"tol=0; expected a positive relative residual"),
+        ({"tol": -1e-3}, ArgumentError, r"tol=-0.001; expected a positive"),
+        ({"tol": float("nan")}, ArgumentError, r"tol=nan; expected a positive"),
+        ({"tol": "tight"}, ArgumentError, r"tol='tight'; expected a positive"),
+        ({"ncv": 3}, ArgumentError, r"ncv=3 is too small for k=2; expected at least k \+ 2"),
+        ({"ncv": 4.5}, ArgumentTypeError, r"ncv=4.5; expected an integer"),
+        ({"seed": -1}, ArgumentError, r"seed=-1; expected an integer >= 0"),
+        ({"seed": 0.5}, ArgumentError, r"seed=0.5; expected an integer >= 0"),
+        ({"max_matvecs": 3}, ArgumentError, r"max_matvecs=3 is too few: .*at least 4"),
+        ({"v0": np.ones(8)}, ArgumentError, r"v0 has shape \(8,\), expected \(9,\)"),
+        ({"v0": np.ones((9, 1))}, ArgumentError, r"v0 has shape \(9, 1\), expected \(9,\)"),
+        ({"v0": np.zeros(9)}, ArgumentError, r"v0 has norm 0.0; expected a finite vector"),
+        ({"v0": np.full(9, np.nan)}, ArgumentError, r"v0 has norm nan; expected a finite vector"),
+        ({"v0": np.full(9, 1j)}, ArgumentTypeError, r"expected real numbers, .*complex128"),
+        ({"v0": ["a"] * 9}, ArgumentTypeError, r"expected real numbers"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_product(options, kind, message):
+    h = operator(np.diag(np.arange(9.0)))
+    with pytest.raises(kind, match=message):
+        spectra.eigsh(h, **{"k": 2, **options})
+    assert h.matvecs == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": np.int64(2)},
+        {"tol": np.float32(1e-4)},
+        {"seed": np.int32(4)},
+        {"ncv": np.int64(5)},
+        {"max_matvecs": 4, "k": 2},
+        {"ncv": 100},
+    ],
+)
+def test_reasonable_arguments_of_other_types_are_taken(options):
+    assert len(spectra.eigsh(np.diag(np.arange(9.0)), **{"k": 2, **options})) == 2
+
+
+def test_what_is_no_matrix_is_refused():
+    with pytest.raises(ArgumentTypeError, match="expected an operator, a matrix"):
+        spectra.eigsh("H", 1)

@@ -1,0 +1,151 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import spectra
+from spectra.analysis.storage import (
+    check_directory,
+    read_run,
+    read_summary,
+    summarize,
+    write_run,
+)
+from spectra.errors import StorageError
+
+VALUES = np.concatenate([[9.0, -5.0, 3.0], np.linspace(-0.5, 1, 297)])
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    return spectra.analyze(np.diag(VALUES), k=3, steps=10, probes=2, rtol=0.05)
+
+
+def refuse(constant):
+    raise AssertionError(constant)
+
+
+def test_what_was_written_is_read_back(analysis, tmp_path):
+    summary = write_run(analysis, tmp_path / "deep" / "run", title="T", source={"target": "t"})
+    again = read_run(tmp_path / "deep" / "run")
+    assert str(again) == str(analysis)
+    np.testing.assert_array_equal(again.eigenpairs.vectors, analysis.eigenpairs.vectors)
+    assert read_summary(tmp_path / "deep" / "run") == summary
+    assert (summary["title"], summary["source"]) == ("T", {"target": "t"})
+
+
+def test_the_summary_holds_every_number_with_its_error(analysis):
+    summary = summarize(analysis)
+    pairs = analysis.eigenpairs
+    assert summary["eigenpairs"]["values"] == list(pairs.values)
+    assert summary["eigenpairs"]["residuals"] == list(pairs.residuals)
+    assert summary["eigenpairs"]["converged"] == [True] * 3
+    assert summary["eigenpairs"]["no_eigenvalue_above"] == pairs.no_eigenvalue_above
+    for name in ("trace", "frobenius_norm"):
+        estimate, written = getattr(analysis, name), summary[name]
+        assert written["value"] == estimate.value
+        assert written["standard_error"] == estimate.standard_error
+        assert tuple(written["interval"]) == estimate.interval()
+        assert written["converged"] == estimate.converged
+        assert written["probes"] == len(estimate.samples)
+    norm = summary["spectral_norm"]
+    assert norm["interval"] == list(analysis.spectral_norm.bounds)
+    assert norm["confidence"] == analysis.spectral_norm.bounds_confidence
+    assert norm["standard_error"] is None  # it has bounds instead
+    assert summary["density"]["range"] == list(analysis.density.support)
+    assert summary["density"]["quantiles"]["0.5"] == analysis.density.quantiles([0.5])[0]
+    assert summary["matvecs"]["total"] == analysis.total_matvecs
+    assert summary["seconds"]["total"] == pytest.approx(sum(analysis.seconds.values()))
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["operator"]["n"] == 300
+    assert summary["seed"] == 0
+
+
+def test_the_summary_is_strict_json(analysis, tmp_path):
+    write_run(analysis, tmp_path)
+    text = (tmp_path / "run.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=refuse)["converged"] is True
+
+
+def test_infinite_intervals_become_null():
+    endless = spectra.Estimate("trace", 1.0, math.nan, samples=np.ones(1))
+    analysis = spectra.Analysis(eigenpairs=spectra.eigsh(np.eye(2), k=1), spectral_norm=endless)
+    summary = summarize(analysis)
+    assert summary["spectral_norm"]["interval"] == [None, None]
+    assert summary["trace"] is None
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_large_eigenvectors_are_left_out_and_that_is_said(kind, tmp_path):
+    analysis = spectra.analyze(kind(np.diag(VALUES)), k=2, density=False, trace=False)
+    summary = write_run(analysis, tmp_path, vector_limit=2 * 300 * 8 - 1)
+    again = read_run(tmp_path)
+    assert summary["eigenpairs"]["vectors_saved"] is False
+    assert "are not saved" in summary["eigenpairs"]["notes"][-1]
+    assert tuple(again.eigenpairs.vectors.shape) == (300, 0)
+    assert "of n = 300" in str(again)
+    assert "are not saved" in str(again)
+    summary = write_run(analysis, tmp_path, vector_limit=2 * 300 * 8, overwrite=True)
+    assert summary["eigenpairs"]["vectors_saved"] is True
+
+
+def test_another_run_is_replaced_only_when_asked(analysis, tmp_path):
+    write_run(analysis, tmp_path, title="first")
+    with pytest.raises(StorageError, match=r"holds a run already \(run.json\).*--overwrite"):
+        write_run(analysis, tmp_path, title="second")
+    with pytest.raises(StorageError, match="holds a run already"):
+        check_directory(tmp_path)
+    assert read_summary(tmp_path)["title"] == "first"
+    check_directory(tmp_path, overwrite=True)
+    write_run(analysis, tmp_path, title="second", overwrite=True)
+    assert read_summary(tmp_path)["title"] == "second"
+
+
+def test_a_saved_result_of_that_name_is_not_replaced_either(analysis, tmp_path):
+    analysis.save(tmp_path / "analysis")
+    with pytest.raises(StorageError, match=r"analysis.json"):
+        check_directory(tmp_path)
+
+
+def test_asking_leaves_nothing_behind(tmp_path):
+    check_directory(tmp_path / "new" / "run")
+    assert not (tmp_path / "new" / "run").exists()
+    check_directory(tmp_path)
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_directory_that_cannot_be_made_is_named(analysis, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StorageError, match=r"cannot write to the directory .*name another"):
+            write_run(analysis, path)
+
+
+def test_a_directory_without_a_run_is_named_with_the_fix(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(StorageError, match=r"holds no run of spectra .*spectra analyze TARGET"):
+            read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is damaged"),
+        ("[]", "has format None"),
+        ('{"format": 99}', "has format 99, .* update spectra"),
+    ],
+)
+def test_a_damaged_summary_is_refused(text, message, analysis, tmp_path):
+    write_run(analysis, tmp_path)
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(StorageError, match=message):
+        read_run(tmp_path)
+
+
+def test_a_run_must_hold_an_analysis(analysis, tmp_path):
+    write_run(analysis, tmp_path)
+    analysis.trace.save(tmp_path / "analysis")
+    with pytest.raises(StorageError, match="kind Estimate, expected Analysis"):
+        read_run(tmp_path)

@@ -1,0 +1,27 @@
+"""What every test shares: one thread, seeded generators, repeatable hypothesis."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# pytest-xdist runs one worker per core, and PyTorch would start as many threads in each of them.
+torch.set_num_threads(1)
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Initial weights do not depend on which tests ran before."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global state is what is seeded
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(1)

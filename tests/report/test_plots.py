@@ -1,0 +1,484 @@
+"""What is drawn is what the result holds: values, bands, masses, and what did not converge."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+import spectra
+from spectra.errors import ArgumentError, ArgumentTypeError
+from spectra.report import plots
+from spectra.results import Result
+from tests.cases.matrices import Diagonal, dense, s1, s4, semicircle
+
+
+@pytest.fixture(autouse=True)
+def _matplotlib_is_left_as_it_was():
+    before = settings()
+    yield
+    assert settings() == before
+
+
+@pytest.fixture
+def ax():
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    yield axes
+    # Locators, formatters and log scales raise when something is drawn, not before.
+    figure.canvas.draw()
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return spectra.eigsh(Diagonal(s1(400)), 10, progress=False)
+
+
+@pytest.fixture(scope="module")
+def density(pairs):
+    return spectra.spectral_density(
+        Diagonal(s1(400)), steps=30, probes=3, deflate=pairs, progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def trace(pairs):
+    return spectra.trace(Diagonal(s1(400)), deflate=pairs, rtol=0.01, progress=False)
+
+
+@pytest.fixture(scope="module")
+def unconverged():
+    pairs = spectra.eigsh(Diagonal(semicircle(400)), 8, max_matvecs=50, progress=False)
+    assert 0 < pairs.converged.sum() < 8
+    return pairs
+
+
+def settings() -> dict:
+    # Which backend draws is decided on the first use of pyplot, whoever that is.
+    return {name: value for name, value in matplotlib.rcParams.items() if name != "backend"}
+
+
+def integral(y: np.ndarray, x: np.ndarray) -> float:
+    return float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum())
+
+
+def stems(ax: Axes) -> LineCollection:
+    """The stems: the first collection of lines that was drawn."""
+    return next(c for c in ax.collections if isinstance(c, LineCollection))
+
+
+def segments(lines: LineCollection) -> np.ndarray:
+    return np.array([path.vertices for path in lines.get_paths()])
+
+
+def labelled(ax: Axes, text: str):
+    handles, labels = ax.get_legend_handles_labels()
+    matches = [handle for handle, label in zip(handles, labels, strict=True) if text in label]
+    assert len(matches) == 1, f"{text!r} in {labels}"
+    return matches[0]
+
+
+def legend(ax: Axes) -> str:
+    return " | ".join(text.get_text() for text in ax.get_legend().get_texts())
+
+
+def title(ax: Axes) -> str:
+    return ax.get_title(loc="left")
+
+
+def heights(ax: Axes, text: str) -> tuple[float, float]:
+    """Lower and upper end of a shaded range."""
+    span = labelled(ax, text)
+    corners = span.get_patch_transform().transform(span.get_path().vertices)
+    return corners[:, 1].min(), corners[:, 1].max()
+
+
+def curve_of(ax: Axes) -> tuple[np.ndarray, np.ndarray]:
+    line = labelled(ax, "broadened density")
+    return np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+
+
+def band_of(ax: Axes, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of the band at the places x that it was drawn at."""
+    (band,) = [c for c in ax.collections if isinstance(c, PolyCollection)]
+    vertices = band.get_paths()[0].vertices
+    ends = [vertices[np.isclose(vertices[:, 0], place, rtol=1e-12, atol=0), 1] for place in x]
+    return np.array([e.min() for e in ends]), np.array([e.max() for e in ends])
+
+
+# --- eigenpairs ----------------------------------------------------------------------------------
+
+
+def test_stems_end_at_the_eigenvalues(ax, pairs):
+    assert plots.plot_eigenpairs(pairs, ax) is ax
+    drawn = segments(stems(ax))
+    np.testing.assert_array_equal(drawn[:, 1, 0], np.arange(1, 11))
+    np.testing.assert_array_equal(drawn[:, 0, 1], 0.0)
+    np.testing.assert_array_equal(drawn[:, 1, 1], pairs.values)
+
+
+def test_error_bars_are_the_residuals(ax, unconverged):
+    plots.plot_eigenpairs(unconverged, ax)
+    for text, chosen in (
+        ("± residual", unconverged.converged),
+        ("not converged", ~unconverged.converged),
+    ):
+        bars = segments(labelled(ax, text).lines[2][0])
+        np.testing.assert_allclose(bars[:, :, 1], unconverged.intervals[chosen])
+
+
+def test_unconverged_pairs_are_hollow_and_said(ax, unconverged):
+    plots.plot_eigenpairs(unconverged, ax)
+    missed = int((~unconverged.converged).sum())
+    hollow = labelled(ax, f"not converged ({missed} of 8)").lines[0]
+    filled = labelled(ax, "± residual").lines[0]
+    np.testing.assert_array_equal(hollow.get_ydata(), unconverged.values[~unconverged.converged])
+    np.testing.assert_array_equal(filled.get_ydata(), unconverged.values[unconverged.converged])
+    assert to_rgba(hollow.get_markerfacecolor()) == to_rgba(ax.get_facecolor())
+    assert to_rgba(filled.get_markerfacecolor()) != to_rgba(ax.get_facecolor())
+    assert title(ax).endswith(f"{missed} did not converge")
+
+
+def test_where_all_converged_nothing_is_said_of_it(ax, pairs):
+    plots.plot_eigenpairs(pairs, ax)
+    assert "converge" not in title(ax) + legend(ax)
+    assert title(ax) == "10 eigenvalues (largest in magnitude) of n = 400"
+
+
+def test_the_certificate_is_shaded_between_its_bounds(ax, pairs):
+    plots.plot_eigenpairs(pairs, ax)
+    low, high = pairs.no_eigenvalue_below, pairs.no_eigenvalue_above
+    drawn = heights(ax, "all other eigenvalues, with 99% probability")
+    assert drawn == pytest.approx((low, high))
+    assert ax.get_ylim()[0] < low
+    assert high < ax.get_ylim()[1]
+
+
+@pytest.mark.parametrize("which", ["LA", "SA"])
+def test_a_certificate_for_one_end_shades_to_the_frame(ax, which):
+    pairs = spectra.eigsh(Diagonal(s4(200)), 4, which=which, progress=False)
+    plots.plot_eigenpairs(pairs, ax)
+    bottom, top = ax.get_ylim()
+    ends = {"LA": (bottom, pairs.no_eigenvalue_above), "SA": (pairs.no_eigenvalue_below, top)}
+    assert heights(ax, "all other eigenvalues") == pytest.approx(ends[which])
+
+
+def test_without_other_eigenvalues_nothing_is_shaded(ax):
+    plots.plot_eigenpairs(spectra.eigsh(np.diag([3.0, 1.0, -2.0]), 3, progress=False), ax)
+    assert legend(ax) == "eigenvalue ± residual"
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [([3.0, 2.0, 1.0], "linear"), ([3.0, -2.0, 1.0], "linear"), ([300.0, -20.0, 1.0], "symlog")],
+)
+def test_the_axis_is_logarithmic_where_values_span_decades(ax, values, scale):
+    pairs = spectra.eigsh(np.diag([*values, *[0.0] * 5]), 3, progress=False)
+    plots.plot_eigenpairs(pairs, ax)
+    assert ax.get_yscale() == scale
+
+
+# --- densities -----------------------------------------------------------------------------------
+
+
+def test_the_linear_curve_integrates_to_what_was_not_deflated(ax, density):
+    assert plots.plot_density(density, ax) is ax
+    assert integral(*curve_of(ax)[::-1]) == pytest.approx(1 - 10 / 400, rel=1e-4)
+
+
+def test_the_symlog_curve_has_the_same_mass_per_unit_of_its_axis(ax, density):
+    plots.plot_density(density, ax, scale="symlog")
+    assert ax.get_xscale() == "asinh"
+    x0 = ax.xaxis.get_transform().linear_width
+    x, y = curve_of(ax)
+    assert integral(y, np.arcsinh(x / x0)) == pytest.approx(1 - 10 / 400, rel=1e-4)
+    # Without the Jacobian, sqrt(x² + x0²), it is the density per unit of λ.
+    expected = density.density(x) * np.hypot(x, x0)
+    np.testing.assert_allclose(y, expected, atol=0.03 * y.max())
+
+
+def test_the_linear_curve_is_the_broadened_density(ax, density):
+    plots.plot_density(density, ax)
+    x, y = curve_of(ax)
+    np.testing.assert_allclose(y, density.density(x), atol=0.01 * y.max())
+
+
+@pytest.mark.parametrize("scale", ["linear", "symlog"])
+def test_the_band_holds_the_curve_and_is_students(ax, density, scale):
+    plots.plot_density(density, ax, scale=scale, confidence=0.9)
+    x, y = curve_of(ax)
+    assert "90% band over probes" in legend(ax)
+    low, high = band_of(ax, x)
+    visible = y > ax.get_ylim()[0]
+    assert (low[visible] <= y[visible]).all()
+    assert (y[visible] <= high[visible]).all()
+    if scale == "linear":
+        expected = density.band(x, confidence=0.9)[1]
+        np.testing.assert_allclose(high[visible], expected[visible], atol=0.02 * y.max())
+
+
+def test_one_probe_has_no_band(ax):
+    density = spectra.spectral_density(dense(semicircle(50)), steps=10, probes=1, progress=False)
+    plots.plot_density(density, ax)
+    assert legend(ax) == "broadened density"
+    assert not any(isinstance(c, PolyCollection) for c in ax.collections)
+    assert "1 probe × 10 steps" in title(ax)
+
+
+@pytest.mark.parametrize("scale", ["linear", "symlog"])
+def test_outliers_stand_at_the_deflated_eigenvalues(ax, density, scale):
+    plots.plot_density(density, ax, scale=scale)
+    markers = labelled(ax, "10 outliers, each of mass 1/n")
+    np.testing.assert_array_equal(markers.get_xdata(), density.atoms)
+    np.testing.assert_array_equal(segments(stems(ax))[:, 0, 0], density.atoms)
+    low, high = ax.get_xlim()
+    assert low < density.atoms.min()
+    assert density.atoms.max() < high
+    if scale == "symlog":
+        np.testing.assert_allclose(markers.get_ydata(), 1 / 400)
+
+
+def test_a_width_is_used_as_it_is_given(ax, density):
+    plots.plot_density(density, ax, width=0.1)
+    x, y = curve_of(ax)
+    np.testing.assert_allclose(y, density.density(x, width=0.1), atol=1e-3 * y.max())
+
+
+@pytest.mark.parametrize("scale", ["linear", "symlog"])
+def test_peaks_much_narrower_than_the_axis_keep_their_mass(ax, density, scale):
+    plots.plot_density(density, ax, scale=scale, width=1e-7)
+    x, y = curve_of(ax)
+    if scale == "symlog":
+        x = np.arcsinh(x / ax.xaxis.get_transform().linear_width)
+    assert integral(y, x) == pytest.approx(1 - 10 / 400, rel=1e-2)
+
+
+def test_outliers_leave_the_bulk_an_inset_of_its_own(ax, density):
+    plots.plot_density(density, ax)
+    (inset,) = ax.child_axes
+    low, high = inset.get_xlim()
+    assert low < 0
+    assert 0.2 < high < 1
+    assert inset.get_yscale() == "linear"
+
+
+def test_a_bulk_that_fills_the_axis_needs_no_inset(ax):
+    density = spectra.spectral_density(dense(semicircle(100)), steps=20, probes=2, progress=False)
+    plots.plot_density(density, ax)
+    assert not ax.child_axes
+
+
+@pytest.mark.parametrize("scale", ["linear", "symlog"])
+def test_scaling_the_matrix_scales_the_picture(scale):
+    # A power of two, so that rounding is the same.
+    factor = 2.0**-20
+    axes = []
+    for scaled in (1.0, factor):
+        density = spectra.spectral_density(
+            Diagonal(scaled * s1(200)), steps=20, probes=2, progress=False
+        )
+        axes.append(plots.plot_density(density, Figure().add_subplot(), scale=scale))
+    (x, y), (x_scaled, y_scaled) = map(curve_of, axes)
+    if scale == "symlog":
+        # x0 has one digit, so the bins are others; the densities are pure numbers.
+        at = np.linspace(0.1, 90, 50)
+        y, y_scaled = np.interp(at, x, y), np.interp(at, x_scaled / factor, y_scaled)
+        np.testing.assert_allclose(y_scaled, y, atol=0.05 * y.max())
+    else:
+        np.testing.assert_allclose(x_scaled, factor * x, rtol=1e-9, atol=1e-12 * factor)
+        np.testing.assert_allclose(factor * y_scaled, y, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["linear", "symlog"])
+@pytest.mark.parametrize("k", [0, 1])
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        np.zeros((40, 40)),
+        2e-7 * np.eye(40),
+        np.diag([5.0, *[0.0] * 39]),
+        100.0 * np.eye(40) + dense(semicircle(40)),
+        np.array([[3.0]]),
+        np.diag([3.0, 1.0, -2.0]),
+    ],
+    ids=["zero", "identity", "rank one", "far from zero", "one", "three"],
+)
+def test_degenerate_spectra_can_be_drawn(ax, matrix, k, scale):
+    pairs = spectra.eigsh(matrix, k, progress=False) if k else None
+    density = spectra.spectral_density(matrix, steps=10, probes=2, deflate=pairs, progress=False)
+    plots.plot_density(density, ax, scale=scale)
+    assert np.isfinite([*ax.get_xlim(), *ax.get_ylim()]).all()
+    low, high = density.support
+    assert ax.get_xlim()[0] <= low <= high <= ax.get_xlim()[1]
+
+
+@pytest.mark.parametrize("scale", ["linear", "symlog"])
+def test_with_everything_deflated_only_the_eigenvalues_are_drawn(ax, scale):
+    matrix = np.diag([3.0, 1.0, -2.0])
+    pairs = spectra.eigsh(matrix, 3, progress=False)
+    density = spectra.spectral_density(matrix, deflate=pairs, progress=False)
+    assert density.steps == 0
+    plots.plot_density(density, ax, scale=scale)
+    assert legend(ax) == "3 eigenvalues, each of mass 1/n"
+    assert "all eigenvalues known" in title(ax)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": "log"}, "scale='log'; expected 'linear' or 'symlog'"),
+        ({"width": 0.0}, "expected a positive width"),
+        ({"width": float("nan")}, "expected a positive width"),
+        ({"confidence": 1.0}, "confidence=1.0; expected a probability"),
+    ],
+)
+def test_impossible_options_of_a_density_are_refused(ax, density, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        plots.plot_density(density, ax, **options)
+
+
+# --- estimates -----------------------------------------------------------------------------------
+
+
+def test_the_running_mean_and_its_band_are_drawn(ax, trace):
+    assert plots.plot_estimate(trace, ax) is ax
+    value, low, high = trace.running()
+    count = np.arange(2, len(trace.samples) + 1)
+    line = labelled(ax, "mean over the probes")
+    np.testing.assert_array_equal(line.get_xdata(), count)
+    np.testing.assert_array_equal(line.get_ydata(), value)
+    np.testing.assert_allclose(band_of(ax, count), (low, high))
+
+
+def test_the_last_point_is_the_estimate_with_its_interval(ax, trace):
+    plots.plot_estimate(trace, ax)
+    low, high = trace.interval()
+    point = labelled(ax, f"{trace.value:.6g} (95% interval {low:.6g} to {high:.6g})")
+    assert point.lines[0].get_ydata()[0] == pytest.approx(trace.value)
+    np.testing.assert_allclose(segments(point.lines[2][0])[0, :, 1], (low, high))
+    bottom, top = ax.get_ylim()
+    assert bottom < low < high < top
+
+
+def test_another_confidence_widens_the_interval(ax, trace):
+    plots.plot_estimate(trace, ax, confidence=0.99)
+    assert "99% interval" in legend(ax)
+    point = labelled(ax, f"{trace.value:.6g} (")
+    np.testing.assert_allclose(segments(point.lines[2][0])[0, :, 1], trace.interval(0.99))
+
+
+def test_a_root_of_a_mean_converges_on_its_own_scale(ax):
+    norm = spectra.norm(Diagonal(semicircle(300)), "fro", rtol=0.2, progress=False)
+    plots.plot_estimate(norm, ax)
+    np.testing.assert_array_equal(
+        labelled(ax, "mean over the probes").get_ydata(), norm.running()[0]
+    )
+    assert ax.get_ylabel() == "Frobenius norm"
+
+
+def test_a_missed_tolerance_is_said(ax):
+    trace = spectra.trace(Diagonal(semicircle(300)), rtol=1e-6, max_matvecs=10, progress=False)
+    assert not trace.converged
+    plots.plot_estimate(trace, ax)
+    assert title(ax).endswith("tolerance not reached")
+
+
+def test_an_exact_value_is_one_point(ax):
+    trace = spectra.trace(np.diag([3.0, 1.0, -2.0]), progress=False)
+    plots.plot_estimate(trace, ax)
+    assert legend(ax) == "2 (exact)"
+    assert labelled(ax, "exact").lines[0].get_xdata() == [trace.value]
+    assert ax.get_xlabel() == "trace"
+
+
+def test_bounds_are_drawn_around_their_value(ax):
+    norm = spectra.norm(Diagonal(semicircle(300)), 2, progress=False)
+    plots.plot_estimate(norm, ax)
+    assert "99% interval" in legend(ax)
+    point = labelled(ax, "99% interval")
+    np.testing.assert_allclose(segments(point.lines[2][0])[0, :, 0], norm.bounds)
+
+
+def test_more_confidence_than_bounds_promise_is_refused(ax):
+    norm = spectra.norm(Diagonal(semicircle(300)), 2, progress=False)
+    with pytest.raises(ArgumentError, match="hold with 99%, no more"):
+        plots.plot_estimate(norm, ax, confidence=0.999)
+
+
+def test_bounds_narrower_than_their_digits_are_given_as_a_width(ax):
+    norm = spectra.norm(np.diag([2.0, 0.0, 0.0]), 2, progress=False)
+    close = dataclasses.replace(norm, bounds=(2.0 - 1e-12, 2.0 + 3e-12), value=2.0)
+    plots.plot_estimate(close, ax)
+    assert legend(ax) == "2 (within 3e-12)"
+
+
+def test_a_single_probe_has_no_interval(ax, trace):
+    single = dataclasses.replace(trace, samples=trace.samples[:1], value=float(trace.samples[0]))
+    plots.plot_estimate(single, ax)
+    assert "no interval from fewer than two probes" in legend(ax)
+
+
+# --- all kinds -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pairs", "density", "trace"])
+def test_every_result_plots_itself_also_when_loaded(ax, kind, request, tmp_path):
+    result = request.getfixturevalue(kind)
+    loaded = spectra.load(result.save(tmp_path / kind))
+    assert result.plot(ax) is ax
+    again = loaded.plot(Figure().add_subplot())
+    assert title(again) == title(ax)
+    assert legend(again) == legend(ax)
+    np.testing.assert_array_equal(again.get_lines()[0].get_xydata(), ax.get_lines()[0].get_xydata())
+
+
+def test_options_reach_the_figure_of_the_kind(ax, density):
+    assert density.plot(ax, scale="symlog").get_xscale() == "asinh"
+
+
+def test_an_unknown_option_is_a_type_error(ax, pairs):
+    with pytest.raises(TypeError, match="scale"):
+        pairs.plot(ax, scale="symlog")
+
+
+def test_an_analysis_names_its_parts_instead(ax):
+    analysis = spectra.analyze(np.diag(np.arange(1.0, 9.0)), 2, trace=False, progress=False)
+    with pytest.raises(ArgumentError, match=r"analysis\.eigenpairs\.plot.*density.*save_figures"):
+        analysis.plot(ax)
+    with pytest.raises(ArgumentError) as raised:
+        analysis.plot(ax)
+    assert "trace.plot" not in str(raised.value)
+
+
+def test_a_result_without_a_figure_is_refused(ax):
+    with pytest.raises(ArgumentTypeError, match="no figure for a Result; expected one of Eigenp"):
+        plots.plot(Result(), ax)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "density", "trace"])
+def test_what_is_no_axes_is_refused(kind, request):
+    with pytest.raises(ArgumentTypeError, match="ax is a Figure; expected one matplotlib Axes"):
+        request.getfixturevalue(kind).plot(Figure())
+
+
+def test_without_axes_the_figure_is_pyplots(density):
+    from matplotlib import pyplot
+
+    pyplot.switch_backend("Agg")
+    before = settings()
+    ax = density.plot()
+    try:
+        # What a notebook displays, and what pyplot.show() opens.
+        assert pyplot.fignum_exists(ax.figure.number)
+        ax.figure.canvas.draw()
+        assert settings() == before
+    finally:
+        pyplot.close(ax.figure)

@@ -1,0 +1,323 @@
+"""The page says all that the analysis holds, with its errors, and runs nothing that it quotes."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+import spectra
+from spectra.errors import ArgumentError, ArgumentTypeError, StorageError
+from spectra.report.report import save_figures, write_report
+from tests.cases.matrices import Diagonal, s1, semicircle, tanh_network
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
+)
+
+
+class Page(HTMLParser):
+    """A page as text, tables and addresses; fails on tags that do not close one another."""
+
+    VOID = frozenset({"meta", "img", "br", "hr", "link", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in {"src", "href", "srcset"}]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in {"td", "th"}:
+            self.rows[-1].append("")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in {"td", "th"}:
+            self.rows[-1][-1] += data
+        if "style" not in self.open:
+            self.text += data
+
+    def row(self, name: str) -> list[str]:
+        return next(row for row in self.rows if row and row[0] == name)
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    return spectra.analyze(tanh_network()[0], 6, steps=15, rtol=0.2, progress=False)
+
+
+@pytest.fixture(scope="module")
+def doubtful():
+    """An analysis in which every part has something to say against it."""
+    analysis = spectra.analyze(
+        Diagonal(semicircle(300)), 4, steps=15, probes=1, max_matvecs=5, progress=False
+    )
+    pairs = spectra.eigsh(Diagonal(semicircle(300)), 6, max_matvecs=40, progress=False)
+    norm = spectra.norm(Diagonal(semicircle(300)), 2, max_matvecs=5, progress=False)
+    return dataclasses.replace(analysis, eigenpairs=pairs, spectral_norm=norm)
+
+
+@pytest.fixture(scope="module")
+def page(analysis, tmp_path_factory):
+    path = write_report(analysis, tmp_path_factory.mktemp("report") / "report.html")
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def written(analysis, directory, figures=(), **options) -> Page:
+    """The page, without figures unless they are asked for: to draw takes longer than all else."""
+    figures = figures if figures is None else dict(figures)
+    path = write_report(analysis, directory / "r.html", figures=figures, **options)
+    return Page(path.read_text("utf-8"))
+
+
+def test_every_eigenvalue_stands_beside_its_residual(analysis, page):
+    rows = [row for row in page.rows if row[0].isdigit()]
+    assert len(rows) == 6
+    for i, (index, value, residual, converged) in enumerate(rows):
+        assert int(index) == i + 1
+        assert float(value) == pytest.approx(analysis.eigenpairs.values[i], rel=1e-7)
+        assert float(residual) == pytest.approx(analysis.eigenpairs.residuals[i], rel=0.06)
+        assert converged == "yes"
+
+
+@pytest.mark.parametrize("name", ["trace", "Frobenius norm", "spectral norm"])
+def test_every_estimate_stands_beside_its_interval(analysis, page, name):
+    part = getattr(analysis, name.replace(" ", "_").lower())
+    _, value, error, method, _, converged = page.row(name)
+    assert float(value) == pytest.approx(part.value, rel=1e-2)
+    assert "interval" in error or "within" in error or "exact" in error
+    assert part.method in method
+    assert converged == "yes"
+
+
+def test_an_interval_is_printed_with_the_digits_that_it_has(tmp_path):
+    analysis = spectra.analyze(Diagonal(semicircle(300)), 4, steps=15, progress=False)
+    low, high = analysis.trace.interval()
+    error = written(analysis, tmp_path).row("trace")[2]
+    printed = re.fullmatch(r"95% interval (\S+) to (\S+)", error)
+    assert [float(end) for end in printed.groups()] == pytest.approx([low, high], rel=1e-2)
+    assert all(len(end.strip("-").replace(".", "")) <= 4 for end in printed.groups())
+
+
+def test_the_summary_is_a_sentence_with_errors(analysis, page):
+    value, residual = analysis.eigenpairs.values[0], analysis.eigenpairs.residuals[0]
+    assert f"Largest eigenvalue {value:.6g} (residual {residual:.1g}); trace " in page.text
+    assert "6 of 6 eigenpairs converged" in page.text
+    assert f"cost {analysis.total_matvecs} products in " in page.text
+
+
+@pytest.mark.parametrize(
+    ("values", "which", "words"),
+    [
+        ([5.0, 1.0, 0.0, -7.0], "LM", "Eigenvalue of largest magnitude -7 "),
+        ([9.0, 1.0, 0.0, -7.0], "LM", "Largest eigenvalue 9 "),
+        ([9.0, 1.0, 0.0, -7.0], "LA", "Largest eigenvalue 9 "),
+        ([9.0, 1.0, 0.0, -7.0], "SA", "Smallest eigenvalue -7 "),
+        ([9.0, 1.0, 0.0, -7.0], "BE", "Largest eigenvalue 9 "),
+        ([9.0, 1.0, 0.0, -7.0], "BE", "; smallest eigenvalue -7 "),
+    ],
+)
+def test_the_summary_calls_an_eigenvalue_only_what_it_is(tmp_path, values, which, words):
+    analysis = spectra.analyze(np.diag(values), 2, which=which, progress=False)
+    assert words in written(analysis, tmp_path).text
+
+
+def test_an_eigenvalue_is_rounded_to_its_residual(tmp_path):
+    analysis = spectra.analyze(np.diag([9.0, 1.0, 0.0]), 1, progress=False)
+    rough = dataclasses.replace(
+        analysis.eigenpairs, values=np.array([41.3172]), residuals=np.array([0.02])
+    )
+    page = written(dataclasses.replace(analysis, eigenpairs=rough), tmp_path)
+    assert "Largest eigenvalue 41.317 ± 0.02;" in page.text
+
+
+def test_every_note_of_every_part_is_shown(doubtful, tmp_path):
+    page = written(doubtful, tmp_path)
+    parts = [doubtful.eigenpairs, doubtful.spectral_norm, doubtful.trace, doubtful.density]
+    assert all(part.notes for part in parts)
+    for part in parts:
+        for note in part.notes:
+            assert note in page.text
+    assert not {"details", "summary"} & set(page.tags)
+
+
+def test_what_did_not_converge_is_said_first(doubtful, tmp_path):
+    page = written(doubtful, tmp_path)
+    missed = int((~doubtful.eigenpairs.converged).sum())
+    assert f"tolerance: {missed} of 6 eigenpairs, spectral norm, trace" in page.text
+    assert "; tolerance not reached)" in page.text
+    assert [row[3] for row in page.rows if row[0].isdigit()].count("no") == missed
+    assert page.row("trace")[-1] == "no"
+
+
+def test_where_all_is_well_nothing_is_said_of_it(page):
+    assert "tolerance" not in page.text
+    assert "before believing" not in page.text
+
+
+def test_the_certificate_is_a_sentence(analysis, page):
+    above = analysis.eigenpairs.no_eigenvalue_above
+    assert f"With 99% probability there is no other eigenvalue above {above:.4g}" in page.text
+
+
+def test_loss_and_gradient_are_there_for_a_hessian_only(analysis, page, tmp_path):
+    assert float(page.row("loss")[1]) == pytest.approx(analysis.value, rel=1e-5)
+    assert float(page.row("gradient norm")[1]) == pytest.approx(analysis.gradient_norm, rel=1e-5)
+    matrix = spectra.analyze(np.diag(np.arange(9.0)), 2, progress=False)
+    assert not [row for row in written(matrix, tmp_path).rows if row[0] == "loss"]
+
+
+def test_the_cost_of_every_part_adds_up(analysis, page):
+    for name, count in analysis.matvecs.items():
+        assert page.row(name)[1] == str(count) or name in {"trace", "spectral norm"}
+    assert page.row("total")[1] == str(analysis.total_matvecs)
+
+
+def test_the_provenance_is_complete(page):
+    assert page.row("operator · model")[1] == "Sequential"
+    assert page.row("operator · dtype")[1] == "float64"
+    assert page.row("options · k")[1] == "6"
+    assert page.row("seed")[1] == "0"
+    assert page.row("versions · torch")[1] == torch.__version__
+
+
+def test_names_of_the_user_never_become_markup(tmp_path):
+    hostile = "<script>alert(1)</script>"
+    network = type(hostile, (torch.nn.Linear,), {})(2, 2)
+    data = [(torch.ones(3, 2), torch.tensor([0, 1, 0]))]
+    loss = spectra.losses.supervised(torch.nn.CrossEntropyLoss())
+    analysis = spectra.analyze(spectra.HessianOperator(network, loss, data), 2, progress=False)
+    noted = dataclasses.replace(analysis.eigenpairs, notes=(hostile,))
+    page = written(dataclasses.replace(analysis, eigenpairs=noted), tmp_path)
+    assert "script" not in page.tags
+    assert page.text.count(hostile) >= 4
+    own = tmp_path / "own.png"
+    own.write_bytes(PNG)
+    page = written(analysis, tmp_path, title=f'"><img src=x>{hostile}', figures={hostile: own})
+    assert "script" not in page.tags
+    assert page.tags.count("img") == 1
+
+
+def test_a_page_needs_neither_network_nor_files(page):
+    assert page.addresses
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+
+
+def test_the_page_follows_the_readers_colours_and_paper(analysis, tmp_path):
+    html = write_report(analysis, tmp_path / "r.html", figures={}).read_text("utf-8")
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_parts_that_were_not_asked_for_are_left_out(tmp_path):
+    analysis = spectra.analyze(Diagonal(s1(200)), 3, trace=False, density=False, progress=False)
+    page = written(analysis, tmp_path, figures=None)
+    assert page.tags.count("img") == 1
+    assert "trace" not in page.text
+    assert set(save_figures(analysis, tmp_path)) == {"eigenvalues"}
+
+
+def test_an_analysis_that_knows_every_eigenvalue_is_reported(tmp_path):
+    analysis = spectra.analyze(np.diag([3.0, 1.0, -2.0]), 3, progress=False)
+    assert analysis.density.steps == 0
+    page = written(analysis, tmp_path, figures=None)
+    assert page.row("trace")[1:3] == ["2", "exact, to rounding"]
+    # One exact number has no convergence to show.
+    assert page.tags.count("img") == 3
+
+
+def test_the_same_analysis_gives_the_same_page_also_when_loaded(analysis, tmp_path):
+    loaded = spectra.load(analysis.save(tmp_path / "analysis"))
+    original = write_report(analysis, tmp_path / "a.html").read_bytes()
+    assert write_report(loaded, tmp_path / "b.html").read_bytes() == original
+
+
+def test_figures_are_saved_in_every_format_and_can_be_embedded(analysis, tmp_path):
+    figures = save_figures(analysis, tmp_path / "new" / "figures")
+    assert list(figures) == ["eigenvalues", "density", "density_symlog", "trace"]
+    for name, path in figures.items():
+        assert path == tmp_path / "new" / "figures" / f"{name}.svg"
+        assert path.read_bytes().startswith(b"<?xml")
+        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    page = written(analysis, tmp_path, figures=figures)
+    images = [base64.b64encode(path.read_bytes()).decode() for path in figures.values()]
+    assert page.addresses == [f"data:image/svg+xml;base64,{image}" for image in images]
+
+
+def test_other_formats_can_be_asked_for(analysis, tmp_path):
+    analysis = dataclasses.replace(analysis, density=None)
+    figures = save_figures(analysis, tmp_path, formats=["pdf"])
+    assert figures["trace"].read_bytes().startswith(b"%PDF")
+    assert not list(tmp_path.glob("*.svg"))
+
+
+def test_a_users_style_does_not_reach_saved_figures(analysis, tmp_path):
+    analysis = dataclasses.replace(analysis, density=None, trace=None)
+    plain = save_figures(analysis, tmp_path / "plain", formats=["svg"])
+    with matplotlib.rc_context({"font.size": 30.0, "axes.facecolor": "red"}):
+        before = dict(matplotlib.rcParams.items())
+        styled = save_figures(analysis, tmp_path / "styled", formats=["svg"])
+        assert dict(matplotlib.rcParams.items()) == before
+    for name, path in plain.items():
+        assert styled[name].read_bytes() == path.read_bytes()
+
+
+def test_a_figure_of_ones_own_is_embedded_under_its_name(analysis, tmp_path):
+    own = tmp_path / "landscape.png"
+    own.write_bytes(PNG)
+    page = written(analysis, tmp_path, figures={"Loss landscape": own})
+    assert page.addresses == [f"data:image/png;base64,{base64.b64encode(PNG).decode()}"]
+    assert "Loss landscape." in page.text
+
+
+@pytest.mark.parametrize("formats", [(), "svg", ("svg", "docx")])
+def test_formats_that_cannot_be_written_are_refused(analysis, tmp_path, formats):
+    with pytest.raises(ArgumentError, match=r"expected a sequence of .*svg"):
+        save_figures(analysis, tmp_path, formats=formats)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_analysis_is_refused(analysis, tmp_path):
+    message = "expected an Analysis, as spectra.analyze returns it, got a Eigenpairs"
+    with pytest.raises(ArgumentTypeError, match=message):
+        write_report(analysis.eigenpairs, tmp_path / "r.html")
+    with pytest.raises(ArgumentTypeError, match=message):
+        save_figures(analysis.eigenpairs, tmp_path)
+
+
+def test_figures_that_cannot_be_embedded_are_refused(analysis, tmp_path):
+    with pytest.raises(ArgumentError, match=r"expected a figure in SVG or PNG"):
+        write_report(analysis, tmp_path / "r.html", figures={"trace": tmp_path / "trace.pdf"})
+    with pytest.raises(StorageError, match="could not read the figure"):
+        write_report(analysis, tmp_path / "r.html", figures={"trace": tmp_path / "gone.svg"})
+
+
+def test_places_that_cannot_be_written_are_named(analysis, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="could not write the report to"):
+        write_report(analysis, tmp_path / "file" / "r.html", figures={})
+    with pytest.raises(StorageError, match="could not write figures into"):
+        save_figures(analysis, tmp_path / "file")
