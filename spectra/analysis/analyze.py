@@ -293,8 +293,8 @@ def _trace_and_frobenius(
         moments, deflation, rtol=rtol, confidence=0.95, provenance=provenance
     )
     if trace.matvecs:
-        note = f"{trace.matvecs} of its matvecs are those of the trace: the probes are the same"
-        frobenius = replace(frobenius, notes=(*frobenius.notes, note))
+        shared = f"{frobenius.method}, {trace.matvecs} matvecs shared with the trace"
+        frobenius = replace(frobenius, method=shared)
     return trace, frobenius
 
 

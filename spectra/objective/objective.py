@@ -12,12 +12,10 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +28,19 @@ from spectra.errors import (
     SpectraError,
     StochasticModelError,
 )
+from spectra.objective.batches import leading_dimension, map_tensors, reiterable, to_device
+from spectra.objective.keeping import (
+    buffers_kept,
+    gradients_on,
+    random_draws_refused,
+    random_state_kept,
+    requiring_grad,
+    seed_generators,
+    versions,
+    without_hooks,
+)
 from spectra.objective.losses import number_of_samples
+from spectra.objective.modes import stochastic_modules
 from spectra.objective.parameters import (
     NamedTensors,
     ParameterSpace,
@@ -39,16 +49,13 @@ from spectra.objective.parameters import (
     select_parameters,
 )
 
-__all__ = ["FunctionObjective", "ModelObjective", "Objective", "Part", "reiterable"]
+__all__ = ["FunctionObjective", "ModelObjective", "Objective", "Part"]
 
 _EVAL_OR_ALLOW = (
     "Call model.eval() first; or pass allow_training_mode=True to freeze them, one draw for each "
     "batch"
 )
 _DRAW_ONCE = "Draw them once, outside of the function"
-_DROPOUTS = (nn.modules.dropout._DropoutNd,)
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
-_INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ class FunctionObjective:
 
     def parts(self) -> Iterator[Part]:
         """The function as a single part."""
-        _seed_generators(self.space.device, (0, 0))
+        seed_generators(self.space.device, (0, 0))
         yield Part("the function", None, 1.0)
 
     def normaliser(self, total_weight: float) -> float:
@@ -155,7 +162,7 @@ class FunctionObjective:
 
     def loss(self, part: Part) -> Tensor:
         """The function's value, checked."""
-        with _random_draws_refused(
+        with random_draws_refused(
             self.space.device, f"evaluating {self.function_name}", _DRAW_ONCE
         ):
             return _checked_loss(lambda: self._function(*self.parameters), part)
@@ -163,7 +170,7 @@ class FunctionObjective:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Gradients on, the global random state kept."""
-        with _gradients_on(), _random_state_kept():
+        with gradients_on(), random_state_kept():
             yield
 
     def named_parameters(self) -> NamedTensors:
@@ -172,7 +179,7 @@ class FunctionObjective:
 
     def state(self) -> tuple[Any, ...]:
         """Versions of the tensors."""
-        return _versions([*self.parameters, *self._watched])
+        return versions([*self.parameters, *self._watched])
 
     def describe(self) -> dict[str, Any]:
         """The function's name."""
@@ -241,14 +248,14 @@ class ModelObjective:
         for index, batch in enumerate(self._data):
             count = index + 1
             label = f"batch {index}"
-            moved = _to_device(batch, self.space.device)
+            moved = to_device(batch, self.space.device)
             for place, piece in enumerate(self._split(moved, label)):
                 name = label if self._microbatch is None else f"{label}, microbatch {place}"
                 weight = self._weight_of(piece, name)
                 # A mean over no terms is nan in PyTorch, and counts for nothing here.
                 if weight > 0:
                     # One fixed seed for each part: dropout draws the same mask in every product.
-                    _seed_generators(self.space.device, (index, place))
+                    seed_generators(self.space.device, (index, place))
                     yield Part(name, piece, weight)
         if count == 0:
             known = self._num_batches
@@ -284,7 +291,7 @@ class ModelObjective:
         refused: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not self._allow_training_mode:
             what = f"evaluating {self.function_name} on {part.label}"
-            refused = _random_draws_refused(self.space.device, what, _EVAL_OR_ALLOW)
+            refused = random_draws_refused(self.space.device, what, _EVAL_OR_ALLOW)
         with refused:
             return _checked_loss(lambda: self._loss(self.model, part.batch), part)
 
@@ -294,14 +301,14 @@ class ModelObjective:
         self._check_mode()
         before = [parameter._version for parameter in self.model.parameters()]
         with (
-            _gradients_on(),
-            _random_state_kept(self._data),
-            _buffers_kept(self.model),
-            _requiring_grad(self.model, self.parameters),
-            _without_hooks(self.parameters),
+            gradients_on(),
+            random_state_kept(self._data),
+            buffers_kept(self.model),
+            requiring_grad(self.model, self.parameters),
+            without_hooks(self.parameters),
         ):
             # A loader that shuffles, and perhaps drops the rest, gives every pass the same batches.
-            _seed_generators(self.space.device, ())
+            seed_generators(self.space.device, ())
             yield
         for (name, parameter), version in zip(self.model.named_parameters(), before, strict=True):
             if parameter._version != version:
@@ -320,7 +327,7 @@ class ModelObjective:
     def state(self) -> tuple[Any, ...]:
         """Versions of all parameters and buffers, and the mode of every module."""
         modes = tuple(module.training for module in self.model.modules())
-        return _versions([*self.model.parameters(), *self.model.buffers()]), modes
+        return versions([*self.model.parameters(), *self.model.buffers()]), modes
 
     def describe(self) -> dict[str, Any]:
         """The model, loss and data by name and size."""
@@ -336,7 +343,7 @@ class ModelObjective:
         }
 
     def _check_mode(self) -> None:
-        problems = _stochastic_modules(self.model)
+        problems = stochastic_modules(self.model)
         if not problems:
             return
         name, problem, _ = problems[0]
@@ -378,10 +385,10 @@ class ModelObjective:
         if size is None:
             yield batch
             return
-        samples = _leading_dimension(batch, label)
+        samples = leading_dimension(batch, label)
         for start in range(0, samples, size):
             places = slice(start, start + size)
-            yield _map_tensors(batch, operator.itemgetter(places))
+            yield map_tensors(batch, operator.itemgetter(places))
 
 
 def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
@@ -428,229 +435,3 @@ def _reduction(asked: str | None, loss: Any) -> str:
         )
         raise ArgumentError(msg)
     return asked or own or "mean"
-
-
-def reiterable(data: Any, *, hold_data: bool = False) -> Iterable[Any]:
-    """The data, once it is clear that they can be read again and again; or a list of them.
-
-    Raises
-    ------
-    ArgumentTypeError
-        The data are no iterable of batches.
-    DataError
-        They can be read only once, and `hold_data` is not asked for.
-    """
-    if isinstance(data, Tensor | str | Mapping) or not isinstance(data, Iterable):
-        msg = (
-            f"data is a {type(data).__name__}, expected an iterable of batches; for a single "
-            "batch pass a list of one, [batch]"
-        )
-        raise ArgumentTypeError(msg)
-    if hold_data:
-        with _random_state_kept(data):
-            return list(data)
-    # Asking for iter(data) instead would start a DataLoader, which draws from the global generator.
-    if isinstance(data, Iterator):
-        msg = (
-            f"data is a {type(data).__name__}, which can be read only once, but every product "
-            "reads the data again; pass list(data) or a DataLoader, or hold_data=True to keep the "
-            "batches in memory"
-        )
-        raise DataError(msg)
-    return data
-
-
-def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with `change` applied to every tensor in it."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_map_tensors(item, change) for item in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_map_tensors(item, change) for item in batch)
-    if isinstance(batch, Mapping):
-        return {key: _map_tensors(value, change) for key, value in batch.items()}
-    return batch
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    # A tensor made under inference_mode cannot enter a graph; its clone can.
-    return _map_tensors(batch, lambda t: (t.clone() if t.is_inference() else t).to(device))
-
-
-def _leading_dimension(batch: Any, label: str) -> int:
-    sizes: set[int] = set()
-
-    def note(tensor: Tensor) -> Tensor:
-        sizes.add(tensor.shape[0] if tensor.dim() else -1)
-        return tensor
-
-    _map_tensors(batch, note)
-    if len(sizes) != 1 or -1 in sizes:
-        msg = (
-            f"{label} cannot be split into microbatches: its tensors have first dimensions "
-            f"{sorted(sizes)}, expected one number of samples"
-        )
-        raise DataError(msg)
-    return sizes.pop()
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    """The global generators that operations on a device draw from."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    return generators
-
-
-def _seed_generators(device: torch.device, place: tuple[int, ...]) -> None:
-    seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
-    for generator in _generators(device):
-        generator.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def _random_draws_refused(device: torch.device, what: str, cure: str) -> Iterator[None]:
-    """Refuse draws from the global generators, unless they were seeded anew: then they repeat."""
-    generators = _generators(device)
-    before = [(g.initial_seed(), g.get_state()) for g in generators]
-    yield
-    for generator, (seed, state) in zip(generators, before, strict=True):
-        if generator.initial_seed() == seed and not torch.equal(generator.get_state(), state):
-            msg = (
-                f"{what} drew random numbers (dropout called as a function, noise, a sample), so "
-                f"that it is another function every time. {cure}"
-            )
-            raise StochasticModelError(msg)
-
-
-def _stochastic_modules(model: nn.Module) -> list[tuple[str, str, bool]]:
-    """Modules in a mode that makes the loss random or batch-dependent: name, why, statistics?"""
-    found: list[tuple[str, str, bool]] = []
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, _BATCH_NORMS):
-            if module.training:
-                found.append((name, f"({kind}) is in training mode: batch statistics", True))
-            elif module.running_mean is None:
-                why = f"({kind}) keeps no running statistics: batch statistics"
-                found.append((name, why, True))
-        elif not module.training:
-            continue
-        elif (rate := _drop_rate(module)) > 0:
-            why = f"({kind}) is in training mode: it drops at random, p={rate}"
-            found.append((name, why, False))
-        elif isinstance(module, nn.RReLU):
-            found.append((name, f"({kind}) is in training mode: random slopes", False))
-        elif isinstance(module, _INSTANCE_NORMS) and module.track_running_stats:
-            why = f"({kind}) is in training mode: it changes its statistics"
-            found.append((name, why, False))
-    return found
-
-
-def _drop_rate(module: nn.Module) -> float:
-    if isinstance(module, _DROPOUTS):
-        return float(module.p)
-    if isinstance(module, nn.RNNBase):
-        return float(module.dropout) if module.num_layers > 1 else 0.0
-    if isinstance(module, nn.MultiheadAttention):
-        return float(module.dropout)
-    # Stochastic depth and its kin exist under many names; what they share is these attributes.
-    if "drop" in type(module).__name__.lower():
-        for attribute in ("p", "drop_prob", "drop_rate"):
-            rate = getattr(module, attribute, None)
-            if isinstance(rate, int | float):
-                return float(rate)
-    return 0.0
-
-
-def _versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
-    # Memory may be exchanged without a new version, by .data; sparse tensors tell no address.
-    return tuple(
-        (tensor._version, tensor.data_ptr() if tensor.layout == torch.strided else 0)
-        for tensor in tensors
-    )
-
-
-@contextlib.contextmanager
-def _gradients_on() -> Iterator[None]:
-    # Callers may sit in no_grad or inference_mode: validation loops do.
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        yield
-
-
-@contextlib.contextmanager
-def _random_state_kept(data: Any = None) -> Iterator[None]:
-    """Put the random state back, the global one and that of a loader's own generators.
-
-    Shuffling loaders and dropout draw from it.
-    """
-    holders = [data, getattr(data, "sampler", None)]
-    generators = [
-        g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)
-    ]
-    states = [generator.get_state() for generator in generators]
-    # Augmentations of loaders still draw from NumPy's legacy state.
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
-@contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put buffers back as they were (running statistics, counters), replaced ones included."""
-    kept = [
-        (module, name, buffer, buffer._version, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, version, copy in kept:
-                # Batch norm changes its statistics without counting it as a new version.
-                if buffer._version != version or (
-                    module.training and not torch.equal(buffer, copy)
-                ):
-                    # Through .data, which counts as no version: retained graphs stay valid.
-                    buffer.data.copy_(copy)
-                module._buffers[name] = buffer
-
-
-@contextlib.contextmanager
-def _requiring_grad(model: nn.Module, chosen: list[Tensor]) -> Iterator[None]:
-    """Let exactly the chosen parameters require a gradient: no graph is kept for the others."""
-    wanted = {id(parameter) for parameter in chosen}
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, required in before:
-            if required != (id(parameter) in wanted):
-                parameter.requires_grad_(id(parameter) in wanted)
-        yield
-    finally:
-        for parameter, required in before:
-            if parameter.requires_grad != required:
-                parameter.requires_grad_(required)
-
-
-@contextlib.contextmanager
-def _without_hooks(parameters: list[Tensor]) -> Iterator[None]:
-    """Take the hooks off some parameters: they log gradients, or change them without a trace."""
-    hooks = [p._backward_hooks for p in parameters if p._backward_hooks]
-    kept = [dict(registered) for registered in hooks]
-    try:
-        for registered in hooks:
-            registered.clear()
-        yield
-    finally:
-        for registered, functions in zip(hooks, kept, strict=True):
-            registered.update(functions)

@@ -103,12 +103,16 @@ class ParameterSpace(VectorSpace):
             raise ArgumentError(msg)
         return dict(zip(self.names, self.views(flat), strict=True))
 
-    def modules(self) -> dict[str, tuple[str, ...]]:
-        """Parameter names by the module that owns them (the name without its last part)."""
-        owners: dict[str, list[str]] = {}
-        for name in self.names:
-            owners.setdefault(name.rpartition(".")[0], []).append(name)
-        return {module: tuple(names) for module, names in owners.items()}
+    def modules(self) -> dict[str, tuple[slice, ...]]:
+        """The places of each module's own parameters, by its name; adjacent ones joined."""
+        places: dict[str, list[slice]] = {}
+        for name, place in self.slices.items():
+            own = places.setdefault(name.rpartition(".")[0], [])
+            if own and own[-1].stop == place.start:
+                own[-1] = slice(own[-1].start, place.stop)
+            else:
+                own.append(place)
+        return {module: tuple(own) for module, own in places.items()}
 
 
 def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, Tensor]:

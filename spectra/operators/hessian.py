@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spectra.errors import ArgumentTypeError, SpectraError
-from spectra.objective.objective import FunctionObjective, ModelObjective, Objective, reiterable
+from spectra.objective.batches import reiterable
+from spectra.objective.objective import FunctionObjective, ModelObjective, Objective
 from spectra.objective.parameters import ParameterSpace, Selection, matching
 from spectra.operators.base import SymmetricOperator
 from spectra.oracle.hvp import Graph, HvpOracle

@@ -118,8 +118,8 @@ CRITERIA = [
 
 
 def name(value):
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | int):
+        return str(value)
     return repr(value) if isinstance(value, nn.Module) else value.__name__
 
 
@@ -155,6 +155,36 @@ def test_the_hessian_does_not_depend_on_how_the_data_are_batched(index, sizes, m
     data = list(zip(x.split(sizes), y.split(sizes), strict=True))
     products = HessianOperator(model, loss, data, microbatch=microbatch).apply(vectors)
     torch.testing.assert_close(products, expected, rtol=1e-10, atol=1e-12 * float(expected.norm()))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "kind", "terms"),
+    [
+        (nn.MSELoss(), "real", N * CLASSES),
+        (nn.BCEWithLogitsLoss(), "binary", N * CLASSES),
+        (nn.KLDivLoss(reduction="batchmean"), "probabilities", N),
+        (nn.KLDivLoss(), "probabilities", N * CLASSES),
+        (nn.MultiLabelSoftMarginLoss(), "binary", N),
+        (nn.CrossEntropyLoss(), "classes", N),
+        (nn.CrossEntropyLoss(), "some ignored", N - 4),
+        (nn.CrossEntropyLoss(), "probabilities", N),
+        (nn.CrossEntropyLoss(weight=WEIGHTS), "probabilities", N),
+        (nn.CrossEntropyLoss(), "token probabilities", N * LENGTH),
+        (functional.nll_loss, "some ignored", N - 4),
+        (functional.l1_loss, "real", N * CLASSES),
+        (lambda predictions, y: (predictions - y).square().mean(), "real", N),
+    ],
+    ids=name,
+)
+def test_the_weight_is_the_number_of_terms_in_the_criterions_mean(criterion, kind, terms):
+    assert supervised(criterion).weight((inputs(), targets(kind))) == terms
+
+
+def test_one_distribution_alone_is_one_term():
+    batch = (torch.ones(4), torch.tensor([0.2, 0.3, 0.5]))
+    assert supervised(nn.CrossEntropyLoss()).weight(batch) == 1
+    assert supervised(nn.MultiLabelSoftMarginLoss()).weight((batch[0], torch.tensor(1.0))) == 1
+    assert supervised(nn.MSELoss()).weight((torch.ones(5, 2), None)) == 5
 
 
 @pytest.mark.parametrize("sizes", [[12], [8, 4], [1, 2, 9], [1] * 12])

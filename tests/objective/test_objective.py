@@ -422,7 +422,7 @@ def test_dropout_in_training_mode_gives_one_symmetric_operator(graph, microbatch
     assert (matrix - still).norm() > 0.1 * still.norm()
 
 
-def test_dropout_masks_differ_between_batches_and_not_between_products():
+def test_dropout_masks_belong_to_their_batch():
     seen = []
 
     class Recording(nn.Dropout):
@@ -439,6 +439,9 @@ def test_dropout_masks_differ_between_batches_and_not_between_products():
     assert torch.equal(seen[0], seen[2])
     assert torch.equal(seen[1], seen[3])
     assert not torch.equal(seen[0], seen[1])
+    other = HessianOperator(model, LOSS, [(x[:2], y[:2]), (x, y)], allow_training_mode=True)
+    other @ vector(other)
+    assert torch.equal(seen[5], seen[1])
 
 
 def test_microbatches_under_batch_statistics_are_refused():

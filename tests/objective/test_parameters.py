@@ -173,14 +173,27 @@ def test_unflatten_gives_views_and_flatten_a_copy():
     assert not copy.requires_grad
 
 
-def test_modules_groups_names_by_their_owner():
+def test_modules_gives_the_places_of_each_owner():
     space = ParameterSpace(select_parameters(Net()))
-    assert space.modules() == {
-        "": ("scale",),
-        "body.0": ("body.0.weight", "body.0.bias"),
-        "body.2": ("body.2.weight", "body.2.bias"),
-        "head": ("head.weight", "head.bias"),
+    owned = {
+        "": ["scale"],
+        "body.0": ["body.0.weight", "body.0.bias"],
+        "body.2": ["body.2.weight", "body.2.bias"],
+        "head": ["head.weight", "head.bias"],
     }
+    modules = space.modules()
+    assert list(modules) == list(owned)
+    indices = torch.arange(space.n)
+    for module, names in owned.items():
+        own = torch.cat([indices[space.slices[name]] for name in names])
+        assert torch.equal(torch.cat([indices[place] for place in modules[module]]), own)
+        assert len(modules[module]) == 1
+
+
+def test_the_places_of_a_module_that_is_interrupted_are_not_joined():
+    tensors = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(3), "a.bias": torch.zeros(1)}
+    places = {"a": (slice(0, 2), slice(5, 6)), "b": (slice(2, 5),)}
+    assert ParameterSpace(tensors).modules() == places
 
 
 def test_the_space_says_what_it_holds():

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -264,6 +265,34 @@ def test_one_pass_serves_any_number_of_vectors():
     operator.value_and_gradient()
     assert data.passes == 2
     assert operator.matvecs == 7
+
+
+class Held:
+    """A tensor that a graph keeps for its backward pass."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize(("graph", "freed"), [("fresh", True), ("retained", False)])
+def test_a_fresh_graph_is_freed_before_the_next_one_is_built(graph, freed):
+    held, counts = weakref.WeakSet(), []
+
+    def pack(tensor):
+        holder = Held(tensor)
+        held.add(holder)
+        return holder
+
+    def loss(model, batch):
+        counts.append(len(held))
+        return LOSS(model, batch)
+
+    operator = HessianOperator(tanh_mlp(), loss, batches(), graph=graph)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        operator.apply(directions(operator.shape[0]))
+    assert [count == 0 for count in counts] == [True, freed, freed]
+    operator.release()
+    assert not held
 
 
 # --- retained graphs -----------------------------------------------------------------------------

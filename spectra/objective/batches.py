@@ -1,0 +1,87 @@
+"""How are the data read: again and again, on the right device, in parts?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectra.errors import ArgumentTypeError, DataError
+from spectra.objective.keeping import random_state_kept
+
+__all__ = ["leading_dimension", "map_tensors", "reiterable", "to_device"]
+
+
+def reiterable(data: Any, *, hold_data: bool = False) -> Iterable[Any]:
+    """The data, once it is clear that they can be read again and again; or a list of them.
+
+    Raises
+    ------
+    ArgumentTypeError
+        The data are no iterable of batches.
+    DataError
+        They can be read only once, and `hold_data` is not asked for.
+    """
+    if isinstance(data, Tensor | str | Mapping) or not isinstance(data, Iterable):
+        msg = (
+            f"data is a {type(data).__name__}, expected an iterable of batches; for a single "
+            "batch pass a list of one, [batch]"
+        )
+        raise ArgumentTypeError(msg)
+    if hold_data:
+        with random_state_kept(data):
+            return list(data)
+    # Asking for iter(data) instead would start a DataLoader, which draws from the global generator.
+    if isinstance(data, Iterator):
+        msg = (
+            f"data is a {type(data).__name__}, which can be read only once, but every product "
+            "reads the data again; pass list(data) or a DataLoader, or hold_data=True to keep the "
+            "batches in memory"
+        )
+        raise DataError(msg)
+    return data
+
+
+def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with `change` applied to every tensor in it."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(item, change) for item in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(item, change) for item in batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(value, change) for key, value in batch.items()}
+    return batch
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device, ready to be differentiated through."""
+    # A tensor made under inference_mode cannot enter a graph; its clone can.
+    return map_tensors(batch, lambda t: (t.clone() if t.is_inference() else t).to(device))
+
+
+def leading_dimension(batch: Any, label: str) -> int:
+    """The number of samples of a batch: the first dimension that all its tensors share.
+
+    Raises
+    ------
+    DataError
+        They do not share one.
+    """
+    sizes: set[int] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.add(tensor.shape[0] if tensor.dim() else -1)
+        return tensor
+
+    map_tensors(batch, note)
+    if len(sizes) != 1 or -1 in sizes:
+        msg = (
+            f"{label} cannot be split into microbatches: its tensors have first dimensions "
+            f"{sorted(sizes)}, expected one number of samples"
+        )
+        raise DataError(msg)
+    return sizes.pop()

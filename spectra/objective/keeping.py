@@ -1,0 +1,149 @@
+"""How is everything left as it was found: random states, buffers, requires_grad, hooks?"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spectra.errors import StochasticModelError
+
+__all__ = [
+    "buffers_kept",
+    "gradients_on",
+    "random_draws_refused",
+    "random_state_kept",
+    "requiring_grad",
+    "seed_generators",
+    "versions",
+    "without_hooks",
+]
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """The global generators that operations on a device draw from."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    return generators
+
+
+def seed_generators(device: torch.device, place: tuple[int, ...]) -> None:
+    """Seed the global generators with a number that belongs to a place in the data."""
+    seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
+    for generator in _generators(device):
+        generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def random_draws_refused(device: torch.device, what: str, cure: str) -> Iterator[None]:
+    """Refuse draws from the global generators, unless they were seeded anew: then they repeat."""
+    generators = _generators(device)
+    before = [(g.initial_seed(), g.get_state()) for g in generators]
+    yield
+    for generator, (seed, state) in zip(generators, before, strict=True):
+        if generator.initial_seed() == seed and not torch.equal(generator.get_state(), state):
+            msg = (
+                f"{what} drew random numbers (dropout called as a function, noise, a sample), so "
+                f"that it is another function every time. {cure}"
+            )
+            raise StochasticModelError(msg)
+
+
+def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Equal as long as no tensor was changed by an operation that autograd counts."""
+    # Memory may be exchanged without a new version, by .data; sparse tensors tell no address.
+    return tuple(
+        (tensor._version, tensor.data_ptr() if tensor.layout == torch.strided else 0)
+        for tensor in tensors
+    )
+
+
+@contextlib.contextmanager
+def gradients_on() -> Iterator[None]:
+    """Within it autograd records, whatever surrounds it."""
+    # Callers may sit in no_grad or inference_mode: validation loops do.
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
+
+
+@contextlib.contextmanager
+def random_state_kept(data: Any = None) -> Iterator[None]:
+    """Put the random state back, the global one and that of a loader's own generators.
+
+    Shuffling loaders and dropout draw from it.
+    """
+    holders = [data, getattr(data, "sampler", None)]
+    generators = [
+        g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)
+    ]
+    states = [generator.get_state() for generator in generators]
+    # Augmentations of loaders still draw from NumPy's legacy state.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put buffers back as they were (running statistics, counters), replaced ones included."""
+    kept = [
+        (module, name, buffer, buffer._version, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, version, copy in kept:
+                # Batch norm changes its statistics without counting it as a new version.
+                if buffer._version != version or (
+                    module.training and not torch.equal(buffer, copy)
+                ):
+                    # Through .data, which counts as no version: retained graphs stay valid.
+                    buffer.data.copy_(copy)
+                module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def requiring_grad(model: nn.Module, chosen: list[Tensor]) -> Iterator[None]:
+    """Let exactly the chosen parameters require a gradient: no graph is kept for the others."""
+    wanted = {id(parameter) for parameter in chosen}
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, required in before:
+            if required != (id(parameter) in wanted):
+                parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, required in before:
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+
+
+@contextlib.contextmanager
+def without_hooks(parameters: list[Tensor]) -> Iterator[None]:
+    """Take the hooks off some parameters: they log gradients, or change them without a trace."""
+    hooks = [p._backward_hooks for p in parameters if p._backward_hooks]
+    kept = [dict(registered) for registered in hooks]
+    try:
+        for registered in hooks:
+            registered.clear()
+        yield
+    finally:
+        for registered, functions in zip(hooks, kept, strict=True):
+            registered.update(functions)

@@ -1,0 +1,51 @@
+"""Which modules make a loss random, or dependent on how the data are batched?"""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["stochastic_modules"]
+
+_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
+
+
+def stochastic_modules(model: nn.Module) -> list[tuple[str, str, bool]]:
+    """Modules in a mode that makes the loss random or batch-dependent: name, why, statistics?"""
+    found: list[tuple[str, str, bool]] = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, _BATCH_NORMS):
+            if module.training:
+                found.append((name, f"({kind}) is in training mode: batch statistics", True))
+            elif module.running_mean is None:
+                why = f"({kind}) keeps no running statistics: batch statistics"
+                found.append((name, why, True))
+        elif not module.training:
+            continue
+        elif (rate := _drop_rate(module)) > 0:
+            why = f"({kind}) is in training mode: it drops at random, p={rate}"
+            found.append((name, why, False))
+        elif isinstance(module, nn.RReLU):
+            found.append((name, f"({kind}) is in training mode: random slopes", False))
+        elif isinstance(module, _INSTANCE_NORMS) and module.track_running_stats:
+            why = f"({kind}) is in training mode: it changes its statistics"
+            found.append((name, why, False))
+    return found
+
+
+def _drop_rate(module: nn.Module) -> float:
+    if isinstance(module, _DROPOUTS):
+        return float(module.p)
+    if isinstance(module, nn.RNNBase):
+        return float(module.dropout) if module.num_layers > 1 else 0.0
+    if isinstance(module, nn.MultiheadAttention):
+        return float(module.dropout)
+    # Stochastic depth and its kin exist under many names; what they share is these attributes.
+    if "drop" in type(module).__name__.lower():
+        for attribute in ("p", "drop_prob", "drop_rate"):
+            rate = getattr(module, attribute, None)
+            if isinstance(rate, int | float):
+                return float(rate)
+    return 0.0
