@@ -149,12 +149,11 @@ class SpectralDensity(Result):
         if len(self.atoms):
             lines.append(f"{len(self.atoms)} deflated eigenvalues as exact atoms of mass 1/n")
         shares = [0.05, 0.5, 0.95]
-        single = np.array([self._quantiles_of([i], shares) for i in range(self.probes)])
-        for share, value, low, high in zip(
-            shares, self.quantiles(shares), single.min(axis=0), single.max(axis=0), strict=True
+        for share, value, (low, high) in zip(
+            shares, self.quantiles(shares), self.quantile_brackets(shares), strict=True
         ):
-            spread = f" ({low:.4g} to {high:.4g} over the probes)" if self.steps else ""
-            lines.append(f"{share:4.0%} of the eigenvalues are below {value:.4g}{spread}")
+            bracket = f" (between {low:.4g} and {high:.4g})" if self.steps else ""
+            lines.append(f"{share:4.0%} of the eigenvalues are below {value:.4g}{bracket}")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def quantiles(self, shares: Any) -> np.ndarray:
@@ -170,6 +169,24 @@ class SpectralDensity(Result):
             msg = f"shares={shares}; expected shares of the spectrum between 0 and 1, such as 0.5"
             raise ArgumentError(msg)
         return self._quantiles_of(range(self.probes), shares)
+
+    def quantile_brackets(self, shares: Any) -> np.ndarray:
+        """(shares, 2) the nodes on either side of each quantile, the outermost over the probes.
+
+        The distribution function of a probe steps at its nodes, and is right in between: a
+        quantile lies between its node's neighbours (Chebyshev, Markov and Stieltjes), up to the
+        randomness of the probes.
+        """
+        lows, highs = [], []
+        for i in range(self.probes):
+            live = self.nodes[i][self.weights[i] > 0]
+            own = self._quantiles_of([i], shares)
+            places = np.searchsorted(live, own, side="left") - 1
+            lows.append(live[places.clip(0)] if len(live) else own)
+            places = np.searchsorted(live, own, side="right")
+            highs.append(live[places.clip(max=len(live) - 1)] if len(live) else own)
+        low, high = np.minimum.reduce(lows), np.maximum.reduce(highs)
+        return np.stack([low, high], axis=-1)
 
     def _quantiles_of(self, chosen: Sequence[int], shares: Any) -> np.ndarray:
         """Quantiles from some of the probes."""

@@ -463,7 +463,7 @@ def test_the_text_says_what_it_rests_on():
     assert "n = 100 eigenvalues: 2 probes x 9 Lanczos steps, 18 matvecs" in text
     assert "3 deflated eigenvalues as exact atoms" in text
     # A number with the spread of the probes beside it.
-    assert re.search(r"50% of the eigenvalues are below \S+ \(\S+ to \S+ over the probes\)", text)
+    assert re.search(r"50% of the eigenvalues are below \S+ \(between \S+ and \S+\)", text)
 
 
 def test_one_probe_has_no_band_and_says_so():
@@ -503,3 +503,26 @@ def test_wrong_arguments_are_refused_before_any_product(options, message):
 def test_eigenpairs_of_another_operator_are_refused():
     with pytest.raises(ArgumentError, match="length 49, the operator has n = 50"):
         spectra.spectral_density(np.eye(50), deflate=spectra.eigsh(np.eye(49), 1))
+
+
+def test_a_quantile_lies_between_the_nodes_beside_its_own():
+    # Most of the spectrum sits in one spike at zero, where a node stands for very many eigenvalues.
+    spectrum = np.sort(np.concatenate([np.linspace(-1, 3, 100), np.linspace(-1e-6, 1e-6, 400)]))
+    shares = [0.05, 0.3, 0.5, 0.9, 0.95]
+    exact = spectrum[[int(share * 500) - 1 for share in shares]]
+    held = []
+    for seed in range(40):
+        density = spectra.spectral_density(np.diag(spectrum), steps=12, probes=2, seed=seed)
+        brackets = density.quantile_brackets(shares)
+        held.append((brackets[:, 0] <= exact) & (exact <= brackets[:, 1]))
+        own = density.quantiles(shares)
+        assert (brackets[:, 0] <= own).all()
+        assert (own <= brackets[:, 1]).all()
+    # What is left is the randomness of the probes.
+    assert np.mean(held) >= 0.95
+
+
+def test_the_bracket_of_a_quantile_is_exact_where_all_eigenvalues_are_known():
+    matrix = np.diag([1.0, 2.0, 3.0, 4.0])
+    density = spectra.spectral_density(matrix, deflate=spectra.eigsh(matrix, 4))
+    assert density.quantile_brackets([0.5]).tolist() == [[2.0, 2.0]]
