@@ -8,9 +8,11 @@
 
 from spectra import errors
 from spectra.algorithms.density import SpectralDensity, spectral_density
+from spectra.algorithms.diagonal import DiagonalEstimate, diagonal
 from spectra.algorithms.eigen import Eigenpairs, eigsh
 from spectra.algorithms.estimate import Estimate
 from spectra.algorithms.norms import norm
+from spectra.algorithms.solve import Solution, solve
 from spectra.algorithms.trace import trace
 from spectra.analysis.analyze import Analysis, analyze
 from spectra.errors import SpectraError
@@ -24,19 +26,23 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
+    "DiagonalEstimate",
     "Eigenpairs",
     "Estimate",
     "HessianOperator",
     "ParameterSpace",
+    "Solution",
     "SpectraError",
     "SpectralDensity",
     "analyze",
     "as_operator",
+    "diagonal",
     "eigsh",
     "errors",
     "load",
     "losses",
     "norm",
+    "solve",
     "spectral_density",
     "trace",
 ]
