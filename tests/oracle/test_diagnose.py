@@ -163,6 +163,13 @@ def test_once_differentiable_functions_in_a_plain_function_are_refused():
         operator.to_dense()
 
 
+def test_how_the_fixed_tensors_of_a_block_came_about_does_not_matter():
+    root = torch.ones(2, requires_grad=True)
+    tensors = [torch.ones(2), OnceFunction.apply(2 * root)]
+    operator = HessianOperator.from_function(lambda x, y: (x**2 * y).sum(), tensors)
+    assert operator.block("tensor0").to_dense().tolist() == [[16, 0], [0, 16]]
+
+
 class Checkpointed(nn.Module):
     def __init__(self, *, reentrant):
         super().__init__()
