@@ -7,7 +7,6 @@ error of eps beside a sampling error of 1/√probes is nothing; sums over entrie
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -371,18 +370,6 @@ def _signs(space: VectorSpace, generator: torch.Generator) -> Tensor:
     return bits.mul_(2).sub_(1).to(space.device)
 
 
-def _rows_that_fit(space: VectorSpace) -> int:
-    """How many vectors half of the free memory holds."""
-    free = 1 << 62
-    if space.device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(space.device)[0])
-    elif os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-        free = int(available[0]) * 1024 if available else free
-    return free // 2 // (space.n * torch.finfo(space.dtype).bits // 8)
-
-
 def _sums(vector: Tensor, places: Sequence[slice]) -> np.ndarray:
     """Sums (places,) float64 of parts of a vector."""
     parts = torch.stack([vector[place].sum(dtype=torch.float64) for place in places])
@@ -671,7 +658,7 @@ class _Run:
     def by_xdiag(self) -> _Trial:
         """Random vectors for the sketch until the tolerance is met."""
         # A byte for the sign of each entry beside two vectors.
-        fit = _rows_that_fit(self.space) * 4 // 9
+        fit = self.space.affordable() * 4 // 9
         sketch = _Sketch(self, max(2, min(self.left // 2, self.space.n, fit)))
         check = _MIN_SKETCH if self._adaptive else self.left // 2
         while True:
@@ -719,7 +706,7 @@ class _Run:
         matrix that is nearly diagonal, not much is lost.
         """
         n = self.space.n
-        room = _rows_that_fit(self.space) - 2 * len(first)
+        room = self.space.affordable() - 2 * len(first)
         capacity = min(trial.probes_to_come() / 2, self.left // 2, room)
         if n <= self.left:
             # The n unit vectors would do, and must remain possible.

@@ -438,23 +438,9 @@ def _wanted(values: np.ndarray, k: int, which: Which) -> np.ndarray:
 def _capacity(space: VectorSpace, k: int, ncv: int | None) -> int:
     if ncv is not None:
         return min(ncv, space.n)
-    rows = _free_bytes(space.device) // 2 // max(1, space.n * torch.finfo(space.dtype).bits // 8)
+    rows = space.affordable()
     # What is below k + 2 cannot work at all: then let the allocation fail and say how much it was.
     return min(space.n, max(min(max(8 * k, 80), rows - 3), k + 2 + _CERTIFICATE_STEPS))
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    # Systems without that file: assume room, and let an allocation say otherwise.
-    return 1 << 62
 
 
 def _check_arguments(n: int, k: int, which: str, tol: float, ncv: int | None) -> None:

@@ -36,6 +36,10 @@ class VectorSpace:
         """Machine epsilon of the vectors."""
         return torch.finfo(self.dtype).eps
 
+    def affordable(self) -> int:
+        """How many vectors fit into half of the memory that is free now."""
+        return _free_bytes(self.device) // 2 // max(1, self.n * torch.finfo(self.dtype).bits // 8)
+
     def zeros(self, *count: int) -> Tensor:
         """The zero vector (n,), or `count` of them as rows."""
         return torch.zeros(*count, self.n, dtype=self.dtype, device=self.device)
@@ -81,3 +85,17 @@ class VectorSpace:
         for start in range(0, self.n, tile):
             columns = slice(start, start + tile)
             basis[:p, columns] = matrix @ basis[:m, columns]
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    # Systems without that file: assume room, and let an allocation say otherwise.
+    return 1 << 62

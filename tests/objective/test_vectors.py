@@ -72,3 +72,11 @@ def test_vectors_have_the_dtype_of_the_space():
     assert {space.zeros().dtype, space.empty(1).dtype} == {torch.float32}
     assert space.eps == np.finfo(np.float32).eps
     assert VectorSpace(3).eps == np.finfo(np.float64).eps
+
+
+def test_half_of_the_free_memory_is_affordable():
+    small, large = VectorSpace(1000, torch.float32), VectorSpace(2000, torch.float64)
+    assert small.affordable() > 0
+    # Memory comes and goes between the two calls.
+    assert small.affordable() == pytest.approx(4 * large.affordable(), rel=0.2)
+    assert VectorSpace(1 << 60, torch.float64).affordable() == 0
