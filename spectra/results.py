@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -91,6 +92,9 @@ class Result:
             if arrays:
                 save_file(arrays, _with(stem, ".safetensors"))
             _with(stem, ".json").write_bytes(content)
+            if arrays:
+                # safetensors lets the owner alone read its files.
+                shutil.copymode(_with(stem, ".json"), _with(stem, ".safetensors"))
         except StorageError:
             raise
         except (OSError, ValueError, LookupError, RecursionError, SafetensorError) as error:

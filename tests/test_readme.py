@@ -18,8 +18,8 @@ def test_every_block_of_the_readme_runs(tmp_path, monkeypatch):
     namespace = {}
     for number, block in enumerate(BLOCKS):
         exec(compile(block, f"README block {number}", "exec"), namespace)
-    values, residuals = namespace["values"], namespace["analysis"].eigenpairs.residuals
-    assert len(values) == 5
+    residuals = namespace["analysis"].eigenpairs.residuals
+    assert len(namespace["pairs"]) == 5
     assert namespace["H"].to_dense().tolist() == [[2, 2], [2, 6]]
     assert residuals == pytest.approx([0, 0], abs=1e-5)
     assert (tmp_path / "my-analysis.json").exists()

@@ -82,6 +82,10 @@ class Eigenpairs(Result):
     def __iter__(self) -> Iterator[Any]:
         return iter((self.values, self.vectors))
 
+    def __getitem__(self, place: int) -> Any:
+        """`pairs[0]` are the values, `pairs[1]` the vectors, as in SciPy's tuple."""
+        return (self.values, self.vectors)[place]
+
     def __len__(self) -> int:
         return len(self.values)
 

@@ -35,7 +35,7 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 def seed_generators(device: torch.device, place: tuple[int, ...]) -> None:
     """Seed the global generators with a number that belongs to a place in the data."""
-    seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1
     for generator in _generators(device):
         generator.manual_seed(seed)
 

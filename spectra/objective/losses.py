@@ -129,7 +129,8 @@ class Supervised:
         shape = f" of {len(batch)}" if isinstance(batch, Sequence | Mapping) else ""
         msg = (
             f"supervised() takes batches (inputs, targets), got a {type(batch).__name__}{shape}; "
-            "for other batches pass your own loss(model, batch)"
+            "for a single batch pass data=[(inputs, targets)], for other batches your own "
+            "loss(model, batch)"
         )
         raise DataError(msg)
 

@@ -196,10 +196,7 @@ class SymmetricOperator(LinearOperator):
             )
             raise ArgumentError(msg)
         if vectors.dtype != space.dtype:
-            msg = (
-                f"expected {space.dtype}, got {vectors.dtype}; convert with v.to({space.dtype}), "
-                f"or make the operator with dtype={vectors.dtype}"
-            )
+            msg = f"expected {space.dtype}, got {vectors.dtype}; convert with v.to({space.dtype})"
             raise ArgumentTypeError(msg)
         if vectors.device != space.device:
             msg = f"the operator is on {space.device}, the vector on {vectors.device}; move it"

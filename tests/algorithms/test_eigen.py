@@ -766,3 +766,11 @@ def test_reasonable_arguments_of_other_types_are_taken(options):
 def test_what_is_no_matrix_is_refused():
     with pytest.raises(ArgumentTypeError, match="expected an operator, a matrix"):
         spectra.eigsh("H", 1)
+
+
+def test_the_result_can_be_indexed_like_scipys_tuple():
+    pairs = spectra.eigsh(np.diag([4.0, -7.0, 1.0]), k=2)
+    assert pairs[0] is pairs.values
+    assert pairs[1] is pairs.vectors
+    with pytest.raises(IndexError):
+        pairs[2]

@@ -149,3 +149,8 @@ def test_a_run_must_hold_an_analysis(analysis, tmp_path):
     analysis.trace.save(tmp_path / "analysis")
     with pytest.raises(StorageError, match="kind Estimate, expected Analysis"):
         read_run(tmp_path)
+
+
+def test_both_files_of_a_result_can_be_read_by_the_same_people(tmp_path):
+    path = spectra.eigsh(torch.eye(3), k=1).save(tmp_path / "pairs")
+    assert path.with_suffix(".safetensors").stat().st_mode == path.stat().st_mode
