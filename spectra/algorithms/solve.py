@@ -198,9 +198,8 @@ def solve(
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from spectra.algorithms.solve import solve
-    >>> solution = solve(np.diag([4.0, -2.0]), np.array([1.0, 1.0]))
+    >>> import numpy as np, spectra
+    >>> solution = spectra.solve(np.diag([4.0, -2.0]), np.array([1.0, 1.0]))
     >>> print(solution.x.round(6), solution.converged)
     [ 0.25 -0.5 ] True
     """
@@ -276,8 +275,7 @@ class _Preconditioner:
         self.space = shifted.space
         self.basis = deflation.basis
         self.values = deflation.values + shifted.damping
-        # A value below its own residual is not known; the residual bounds its size.
-        sizes = np.maximum(np.abs(self.values), np.asarray(pairs.residuals, dtype=np.float64))
+        sizes = np.abs(self.values)
         shifted.norm = max(shifted.norm, float(sizes.max()))
         nonzero = sizes > 10 * self.space.eps * shifted.norm
         weights = np.ones(len(sizes))
@@ -341,6 +339,9 @@ class _Minres:
         """The residual is a null vector of A: no step can make it smaller."""
         self.slope = math.inf
         """‖A r‖ / ‖r‖ (in the norms of M) of the residual before the last step."""
+        self.least: Tensor | None = None
+        """The correction whose residual is the nearest to a null vector, if any comes near."""
+        self._least_slope = self._least_phi = math.inf
         self.curvature = 0.0
         """vᵀAv of the unit vector v = `direction`, the most negative so far, or 0."""
         self.direction: Tensor | None = None
@@ -358,12 +359,10 @@ class _Minres:
         c, s = self._cosine, self._sine
         alpha, beta, z, y = self._lanczos()
         rounding = 10 * self._space.eps * self._shifted.norm
-        if beta <= rounding:
-            # The Krylov space is invariant: it holds the solution, or A has a null vector in it.
-            beta = 0.0
         gamma = s * self._delta - c * alpha
         self._look_for_curvature(-c * gamma, rounding)
         self.slope = math.hypot(gamma, c * beta)
+        self._shortlist()
         if self.slope <= rounding:
             self.singular = True
             return
@@ -375,7 +374,15 @@ class _Minres:
         self.norm = self._space.norm(self.residual)
         self._falls.append(self._phi)
         flat = len(self._falls) > _FLAT_STEPS and self._phi > (1 - _FLAT) * self._falls[0]
-        self.singular = flat and self.slope <= self._small * self._shifted.norm
+        self.singular = flat and self.least is not None and self._phi > 0.99 * self._least_phi
+
+    def _shortlist(self) -> None:
+        """Keep the iterate before this step if its residual is the nearest to a null vector."""
+        if self.slope > self._small * self._shifted.norm:
+            return
+        if self.slope < self._least_slope or self._phi < 0.99 * self._least_phi:
+            self._least_slope, self._least_phi = self.slope, self._phi
+            self.least = self.correction.clone()
 
     def _lanczos(self) -> tuple[float, float, Tensor, Tensor]:
         """One column α, β of T, and the next Lanczos vector with its image."""
@@ -520,13 +527,26 @@ class _Refinement:
             minres.step()
         if minres.curvature < self.curvature:
             self.curvature, self.direction = minres.curvature, minres.direction
-        trial = minres.correction.add_(self.x)
-        residual = self._b - self._shifted.apply(trial)
-        norm = self._space.norm(residual)
+        claimed, singular = minres.norm, minres.singular
+        nearest = minres.least
+        x, residual, norm = self._measured(
+            nearest if singular and nearest is not None else minres.correction
+        )
+        # Where A is singular the recurrence may go on beyond the least-squares solution and lie.
+        lied = norm > 2 * claimed and norm > _WORTH_A_RESTART * self.norm
+        if lied and not singular and nearest is not None and self._left() > 0:
+            x, residual, norm = self._measured(nearest)
+            singular = True
         if norm <= self.norm:
-            self.x, self._residual, self.norm = trial, residual, norm
-        finished = minres.norm <= enough or minres.singular
-        return _Outcome(finished, minres.singular, minres.norm, minres.slope)
+            self.x, self._residual, self.norm = x, residual, norm
+        finished = claimed <= enough or singular
+        return _Outcome(finished, singular, claimed, minres.slope)
+
+    def _measured(self, correction: Tensor) -> tuple[Tensor, Tensor, float]:
+        """The corrected solution, its residual and the norm of that: one product."""
+        x = self.x + correction
+        residual = self._b - self._shifted.apply(x)
+        return x, residual, self._space.norm(residual)
 
     def _is_null_vector(self) -> bool:
         """Whether a product confirms that the residual is a null vector of A."""

@@ -396,6 +396,16 @@ def test_a_known_null_vector_does_no_harm(damping):
     assert relative_residual(matrix, found, b, damping) <= 1e-8
 
 
+def test_an_eigenvalue_known_to_be_zero_is_left_alone():
+    matrix, b = np.diag([0.0, 9.0, *np.linspace(1, 5, 30)]), right_hand_side(32)
+    pairs = spectra.eigsh(matrix, 1)
+    null = dataclasses.replace(pairs, vectors=np.eye(32)[:, :1], values=np.zeros(1))
+    found = solve(matrix, b, rtol=1e-6, deflate=null)
+    assert found.least_squares
+    assert found.x[0] == pytest.approx(0.0, abs=1e-6)
+    assert found.x[1:] == pytest.approx(b[1:] / np.diag(matrix)[1:], rel=1e-4)
+
+
 def test_eigenpairs_of_another_matrix_are_given_up():
     wrong = spectra.eigsh(dense(np.geomspace(1, 1e4, 60), seed=1), 20)
     matrix, b = dense(np.linspace(1, 2, 60)), right_hand_side(60)
@@ -565,6 +575,14 @@ def test_noise_above_the_tolerance_is_said():
     [note] = found.notes
     assert "a product measured" in note
     assert "less exact than rtol asks for" in note
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_makes_the_residual_larger_is_not_taken(seed):
+    b = right_hand_side(50)
+    found = solve(Noisy(np.linspace(1, 10, 50), relative=3.0, seed=seed), b, max_matvecs=12)
+    assert found.residual <= np.linalg.norm(b)
+    assert not found.converged
 
 
 def test_what_single_precision_cannot_reach_is_said():
