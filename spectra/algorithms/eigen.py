@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy import optimize, special
 from torch import Tensor
 
 from spectra.algorithms import probes
-from spectra.algorithms.lanczos import Krylov, RitzPairs
+from spectra.algorithms.lanczos import Krylov, RitzPairs, upper_bound
 from spectra.algorithms.progress import progress_bar
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.objective.vectors import VectorSpace
@@ -387,9 +386,13 @@ class _Search:
         betas = np.append(np.abs(np.diag(inner, -1)), krylov.beta)
         remaining = krylov.dimension - self.k
         if self.which != "SA":
-            self.above = _upper_bound(np.linalg.eigvalsh(inner), betas, remaining)
+            self.above = upper_bound(
+                np.linalg.eigvalsh(inner), betas, remaining, _CERTIFICATE_CONFIDENCE
+            )
         if self.which != "LA":
-            self.below = -_upper_bound(np.linalg.eigvalsh(-inner), betas, remaining)
+            self.below = -upper_bound(
+                np.linalg.eigvalsh(-inner), betas, remaining, _CERTIFICATE_CONFIDENCE
+            )
         return True
 
     def _bound_exactly(self) -> None:
@@ -399,31 +402,6 @@ class _Search:
         others = np.delete(values, _wanted(values, self.k, self.which))
         self.above = float(others.max()) if len(others) and self.which != "SA" else None
         self.below = float(others.min()) if len(others) and self.which != "LA" else None
-
-
-def _upper_bound(ritz_values: np.ndarray, betas: np.ndarray, n: int) -> float:
-    """What the largest eigenvalue does not exceed, with probability `_CERTIFICATE_CONFIDENCE`.
-
-    A unit start vector, uniform on the sphere, has a component of at least δ along the eigenvector
-    with that probability, and the Lanczos polynomial Π (t − θ_i) / Π β_i is at most 1/δ there.
-    """
-    top = float(ritz_values[-1])
-    if n <= 1 or (betas <= 0).any():
-        return top
-    smallest = math.sqrt(special.betaincinv(0.5, (n - 1) / 2, 1 - _CERTIFICATE_CONFIDENCE))
-    target = float(np.log(betas).sum()) - math.log(smallest)
-
-    def excess(t: float) -> float:
-        return float(np.log(t - ritz_values).sum()) - target
-
-    spread = float(ritz_values[-1] - ritz_values[0]) + float(betas.max())
-    low = top + 1e-12 * max(abs(top), spread)
-    if excess(low) > 0:
-        return low
-    high = top + spread
-    while excess(high) < 0:
-        high = top + 2 * (high - top)
-    return float(optimize.brentq(excess, low, high))
 
 
 def _wanted(values: np.ndarray, k: int, which: Which) -> np.ndarray:

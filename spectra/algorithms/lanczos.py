@@ -13,20 +13,27 @@ symmetric eigenvalue problems".
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import optimize, special
 from torch import Tensor
 
 from spectra.algorithms import probes
+from spectra.algorithms.noise import Noise
 from spectra.operators.base import SymmetricOperator
 
-__all__ = ["Krylov", "RitzPairs"]
+__all__ = ["Krylov", "RitzPairs", "upper_bound"]
 
-# A second orthogonalisation pass is needed when the first took away more than this share of the
+# Another orthogonalisation pass is needed when the last one took away more than this share of the
 # norm (Daniel et al. 1976: «twice is enough»).
 _CANCELLATION = 0.7071
+
+# What is left of a vector in the span is a few eps ‖H‖, divided by whatever β came before. Single
+# precision has no digits to spare for that: ten million parameters reach β = 1e-5 ‖H‖ in earnest.
+_ROUNDING = 1e-13
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +93,10 @@ class Krylov:
         self.beta = 0.0
         self.exhausted = False
         """The span of the basis was invariant under H when the last vector was added."""
+        self.noise = Noise(self._space.n)
+        """How unsymmetric the products so far were, from numbers that the steps contain."""
+        # ‖Hv‖ of the last vector; nan where the one before is no neighbour of the next.
+        self._last_size = math.nan
         if start is None:
             self._rows[0] = probes.sphere(self._space, generator, complement_of)
         else:
@@ -117,9 +128,16 @@ class Krylov:
             probes.remove(self._space, vector, self._outside)
         self.size = j + 1
         coefficients, norm = self._orthogonalise(vector)
+        size = math.hypot(float(np.linalg.norm(coefficients)), norm)
+        if self.beta > 0 and not math.isnan(self._last_size):
+            # The norm β is v_jᵀ(H v_{j-1}), the coefficient v_{j-1}ᵀ(H v_j).
+            self.noise.add(
+                float(coefficients[j - 1]) - self.beta, math.hypot(self._last_size, size)
+            )
+        self._last_size = size
         self.projection[: j + 1, j] = self.projection[j, : j + 1] = coefficients
         scale = float(np.abs(self.projection[: j + 1, : j + 1]).max(initial=0.0))
-        self.exhausted = norm <= 10 * self._space.eps * scale
+        self.exhausted = norm <= max(10 * self._space.eps, _ROUNDING) * scale
         self.beta = 0.0 if self.exhausted else norm
         if self.complete:
             self.beta, self.exhausted = 0.0, True
@@ -153,24 +171,34 @@ class Krylov:
         rotation = torch.from_numpy(np.ascontiguousarray(pairs.coefficients[:, keep]))
         self._space.rotate(self.basis, rotation.to(self._space.device))
         self.size = len(keep)
+        self._last_size = math.nan
         self.projection[:] = 0.0
         self.projection[range(self.size), range(self.size)] = pairs.values[keep]
 
     def _orthogonalise(self, vector: Tensor) -> tuple[np.ndarray, float]:
         """Take the basis out of `vector` in place: coefficients, and the norm that is left."""
         space, basis = self._space, self.basis
-        before = space.norm(vector)
-        coefficients = space.project(basis, vector)
-        space.subtract(vector, basis, coefficients)
-        norm = space.norm(vector)
-        if norm < _CANCELLATION * before:
+        # The two components that three-term recurrence knows of, so that the projection on the
+        # whole basis finds next to nothing and one pass of it is usually enough.
+        local = np.zeros(self.size)
+        if self.beta > 0 and not math.isnan(self._last_size):
+            local[-2] = self.beta
+            vector.add_(basis[-2], alpha=-self.beta)
+        local[-1] = space.inner(basis[-1], vector)
+        vector.add_(basis[-1], alpha=-local[-1])
+        before, norm = space.norm(vector), 0.0
+        coefficients = torch.from_numpy(local).to(space.device)
+        for _ in range(3):
             correction = space.project(basis, vector)
             space.subtract(vector, basis, correction)
             coefficients += correction
-            first, norm = norm, space.norm(vector)
-            if norm < _CANCELLATION * first:
-                # What the first pass left was its own rounding: the vector lies in the span.
-                norm = 0.0
+            norm = space.norm(vector)
+            if norm >= _CANCELLATION * before:
+                break
+            before = norm
+        else:
+            # What the passes left was their own rounding: the vector lies in the span.
+            norm = 0.0
         if self._outside is not None:
             # The product was cleaned before; rounding brings components back.
             space.subtract(vector, self._outside, space.project(self._outside, vector))
@@ -192,3 +220,45 @@ class Krylov:
                 for rows in held:
                     space.subtract(vector, rows, space.project(rows, vector))
                 return vector.div_(space.norm(vector))
+
+
+def upper_bound(
+    ritz_values: np.ndarray, betas: np.ndarray, n: int, confidence: float = 0.99
+) -> float:
+    """What the largest eigenvalue does not exceed, with the given probability.
+
+    A unit start vector, uniform on the sphere, has a component of at least δ along the eigenvector
+    with that probability, and the Lanczos polynomial Π (t − θ_i) / Π β_i is at most 1/δ there.
+
+    Parameters
+    ----------
+    ritz_values
+        (p,) Ritz values of p Lanczos steps. For a lower bound of the smallest eigenvalue pass them
+        with the opposite sign, and take the opposite of the result.
+    betas
+        (p,) off-diagonal entries of T, the last one couples to the next vector.
+    n
+        Dimension of the space that the start vector was drawn from.
+
+    References
+    ----------
+    Van Dorsselaer, Hochstenbach and van der Vorst, 2000, "Computing probabilistic bounds for
+    extreme eigenvalues of symmetric matrices with the Lanczos method".
+    """
+    top = float(np.max(ritz_values))
+    if n <= 1 or (betas <= 0).any():
+        return top
+    smallest = math.sqrt(special.betaincinv(0.5, (n - 1) / 2, 1 - confidence))
+    target = float(np.log(betas).sum()) - math.log(smallest)
+
+    def excess(t: float) -> float:
+        return float(np.log(t - ritz_values).sum()) - target
+
+    spread = top - float(np.min(ritz_values)) + float(betas.max())
+    low = top + 1e-12 * max(abs(top), spread)
+    if excess(low) > 0:
+        return low
+    high = top + spread
+    while excess(high) < 0:
+        high = top + 2 * (high - top)
+    return float(optimize.brentq(excess, low, high))
