@@ -127,13 +127,10 @@ class Krylov:
         if self._outside is not None:
             probes.remove(self._space, vector, self._outside)
         self.size = j + 1
-        coefficients, norm = self._orthogonalise(vector)
+        coefficients, norm, defect = self._orthogonalise(vector)
         size = math.hypot(float(np.linalg.norm(coefficients)), norm)
-        if self.beta > 0 and not math.isnan(self._last_size):
-            # The norm β is v_jᵀ(H v_{j-1}), the coefficient v_{j-1}ᵀ(H v_j).
-            self.noise.add(
-                float(coefficients[j - 1]) - self.beta, math.hypot(self._last_size, size)
-            )
+        if defect is not None:
+            self.noise.add(defect, math.hypot(self._last_size, size))
         self._last_size = size
         self.projection[: j + 1, j] = self.projection[j, : j + 1] = coefficients
         scale = float(np.abs(self.projection[: j + 1, : j + 1]).max(initial=0.0))
@@ -175,15 +172,21 @@ class Krylov:
         self.projection[:] = 0.0
         self.projection[range(self.size), range(self.size)] = pairs.values[keep]
 
-    def _orthogonalise(self, vector: Tensor) -> tuple[np.ndarray, float]:
-        """Take the basis out of `vector` in place: coefficients, and the norm that is left."""
+    def _orthogonalise(self, vector: Tensor) -> tuple[np.ndarray, float, float | None]:
+        """Take the basis out of `vector` in place.
+
+        Returns the coefficients, the norm that is left, and the symmetry defect
+        v_{j-1}ᵀ(H v_j) − v_jᵀ(H v_{j-1}) where the two are neighbours.
+        """
         space, basis = self._space, self.basis
         # The two components that three-term recurrence knows of, so that the projection on the
         # whole basis finds next to nothing and one pass of it is usually enough.
-        local = np.zeros(self.size)
+        local, defect = np.zeros(self.size), None
         if self.beta > 0 and not math.isnan(self._last_size):
+            # β is v_jᵀ(H v_{j-1}): it made v_j a unit vector.
             local[-2] = self.beta
             vector.add_(basis[-2], alpha=-self.beta)
+            defect = space.inner(basis[-2], vector)
         local[-1] = space.inner(basis[-1], vector)
         vector.add_(basis[-1], alpha=-local[-1])
         before, norm = space.norm(vector), 0.0
@@ -202,7 +205,7 @@ class Krylov:
         if self._outside is not None:
             # The product was cleaned before; rounding brings components back.
             space.subtract(vector, self._outside, space.project(self._outside, vector))
-        return coefficients.cpu().numpy(), norm
+        return coefficients.cpu().numpy(), norm, defect
 
     def _fresh_direction(self) -> Tensor:
         """A random unit vector orthogonal to everything held so far."""
