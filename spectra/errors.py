@@ -7,6 +7,8 @@ model) are the other kinds. Everything derives from `SpectraError`.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
@@ -24,7 +26,15 @@ __all__ = [
 
 
 class SpectraError(Exception):
-    """Base of every exception that spectra raises on purpose."""
+    """Base of every exception that spectra raises on purpose.
+
+    Attributes
+    ----------
+    partial
+        What a long computation had found when it was interrupted, or None.
+    """
+
+    partial: Any = None
 
 
 class ArgumentError(SpectraError, ValueError):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spectra.algorithms import probes
-from spectra.algorithms.lanczos import Krylov, RitzPairs, upper_bound
+from spectra.algorithms.lanczos import Krylov
+from spectra.algorithms.noise import LOUD, noise_notes
 from spectra.algorithms.progress import progress_bar
+from spectra.algorithms.search import (
+    CERTIFICATE_CONFIDENCE,
+    CERTIFICATE_STEPS,
+    Search,
+    Target,
+    Which,
+)
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
@@ -21,18 +30,15 @@ from spectra.results import Result, versions
 
 __all__ = ["Eigenpairs", "Which", "eigsh"]
 
-Which = Literal["LM", "LA", "SA", "BE"]
-
 _NAMES = {
     "LM": "largest in magnitude",
     "LA": "largest",
     "SA": "smallest",
     "BE": "both ends",
 }
-# Steps of the search for missed eigenvalues. Three found every missing copy in the study behind
-# this; five bring the probabilistic bound within 13 % of the largest remaining eigenvalue.
-_CERTIFICATE_STEPS = 5
-_CERTIFICATE_CONFIDENCE = 0.99
+_DEFAULT_COUNT = 6
+# A basis of this many bytes, or vectors, is allowed to grow before the first restart.
+_FREE_BYTES, _FREE_VECTORS = 1 << 28, 300
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +65,17 @@ class Eigenpairs(Result):
     no_eigenvalue_above, no_eigenvalue_below
         With probability `certificate_confidence` no other eigenvalue lies beyond; None where the
         end was not searched. Found by a few steps from a random direction in the complement.
+    certified
+        Those bounds leave no room for a missed eigenvalue among the returned ones: all copies and
+        members of clusters are there. Where it is false, `notes` say what cannot be excluded.
+    above
+        The threshold, if one was asked for.
     basis_size
         Most vectors held at a time.
+    noise
+        Relative error of a product, measured from how unsymmetric the products were.
+    floor
+        noise · ‖H‖: digits below it mean nothing, nor does the sign of an eigenvalue below it.
     notes
         What to know before believing the numbers, in words.
     """
@@ -74,8 +89,12 @@ class Eigenpairs(Result):
     matvecs: int
     no_eigenvalue_above: float | None = None
     no_eigenvalue_below: float | None = None
-    certificate_confidence: float = _CERTIFICATE_CONFIDENCE
+    certificate_confidence: float = CERTIFICATE_CONFIDENCE
+    certified: bool = False
+    above: float | None = None
     basis_size: int = 0
+    noise: float = math.nan
+    floor: float = math.nan
     notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
@@ -93,18 +112,57 @@ class Eigenpairs(Result):
         """(k, 2): λ − residual and λ + residual; each holds an eigenvalue."""
         return np.stack([self.values - self.residuals, self.values + self.residuals], axis=1)
 
+    @property
+    def gaps(self) -> np.ndarray:
+        """(k,) distance of each value to the nearest other eigenvalue, as far as it is known.
+
+        Beyond the returned ones that is the bound `no_eigenvalue_above` or `_below`; 0 where there
+        is none.
+        """
+        others = [bound for bound in (self.no_eigenvalue_above, self.no_eigenvalue_below) if bound]
+        searched = {"LA": 1, "SA": 1}.get(self.which, 2)
+        gaps = np.full(len(self), math.inf if len(others) == searched else 0.0)
+        for i, value in enumerate(self.values):
+            known = [*np.delete(self.values, i), *others]
+            if known:
+                gaps[i] = min(gaps[i], float(np.abs(value - np.array(known)).min()))
+        return gaps
+
+    @property
+    def value_errors(self) -> np.ndarray:
+        """(k,) estimated error of each value: residual² / gap, at most the residual.
+
+        An estimate, not a bound: the gap stands on the eigenvalues that are known (Kato, 1949,
+        "On the upper and lower bounds of eigenvalues").
+        """
+        gaps = np.maximum(self.gaps - self.residuals, 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            errors = np.where(gaps > 0, self.residuals**2 / gaps, math.inf)
+        return np.minimum(np.nan_to_num(errors, nan=0.0, posinf=math.inf), self.residuals)
+
+    @property
+    def within_noise(self) -> np.ndarray:
+        """(k,) whether the value is no larger than the operator noise: not even its sign is known.
+
+        Rounding of single and double precision does not count.
+        """
+        return (np.abs(self.values) <= self.floor) & (self.noise > LOUD)
+
     def __str__(self) -> str:
         n = len(self.vectors)
         good = int(self.converged.sum())
+        wanted = _NAMES[self.which] if self.above is None else _beyond(self.which, self.above)
         lines = [
-            f"{len(self)} eigenpairs ({_NAMES[self.which]}) of n = {n:,}: {good} converged to "
+            f"{len(self)} eigenpairs ({wanted}) of n = {n:,}: {good} converged to "
             f"tol = {self.tol:g}, {self.matvecs} matvecs",
             "        eigenvalue    ± residual",
         ]
-        for i, (value, residual, fine) in enumerate(
-            zip(self.values, self.residuals, self.converged, strict=True), start=1
+        for i, (value, residual, fine, lost) in enumerate(
+            zip(self.values, self.residuals, self.converged, self.within_noise, strict=True),
+            start=1,
         ):
-            mark = "" if fine else "  not converged"
+            mark = "  within the noise, sign unknown" if lost else ""
+            mark = mark or ("" if fine else "  not converged")
             lines.append(f"{i:4d}  {value:12.6g}  {residual:12.2g}{mark}")
         percent = f"with {self.certificate_confidence:.0%} probability no other eigenvalue"
         if self.no_eigenvalue_above is not None:
@@ -116,17 +174,19 @@ class Eigenpairs(Result):
 
 def eigsh(
     H: Any,
-    k: int = 6,
+    k: int | None = None,
     *,
     which: Which = "LM",
+    above: float | None = None,
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     ncv: int | None = None,
+    memory_budget: int | None = None,
     v0: Any = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Eigenpairs:
-    """The k extreme eigenpairs of a symmetric operator or matrix.
+    """The extreme eigenpairs of a symmetric operator or matrix: k of them, or all beyond a value.
 
     Thick-restart Lanczos with full reorthogonalisation. Convergence is tested after every product,
     the residuals of what is returned are measured, and a few steps from a fresh random direction
@@ -137,20 +197,26 @@ def eigsh(
     H
         An operator, a torch or NumPy matrix, a SciPy sparse matrix or LinearOperator.
     k
-        How many, 1 <= k <= n.
+        How many, 1 <= k <= n. Default 6; with `above` at most so many, by default all.
     which
         "LM" largest in magnitude, "LA" largest, "SA" smallest (most negative), "BE" half from each
         end (one more from the upper for odd k).
+    above
+        All eigenvalues beyond this threshold τ: λ > τ for "LA", λ < −τ for "SA", |λ| > τ for "LM"
+        and "BE". There may be none.
     tol
         A pair has converged when ‖Hx − λx‖ <= tol · max(|λ|, tol · ‖H‖). The eigenvalue itself is
         then usually right to about tol².
     max_matvecs
         Stop after this many products and return what there is, marked. Default 20 k + 200.
     ncv
-        Most basis vectors to hold; memory is (ncv + 1) n numbers. Default max(8 k, 80), or what
-        fits into half of the free memory.
+        Most basis vectors to hold; memory is (ncv + 3) n numbers. Default max(8 k, 80), more where
+        that takes less than 256 MiB, and no more than fits into half of the free memory.
+    memory_budget
+        The same in bytes, instead of `ncv`.
     v0
-        Start vector (n,).
+        Start vector (n,), or several as columns (n, p), such as the eigenvectors of an earlier
+        checkpoint: their sum is where the search starts. Saves a few products at best.
     seed
         Of the random directions.
     progress
@@ -164,14 +230,17 @@ def eigsh(
     Raises
     ------
     ArgumentError, ArgumentTypeError
-        k < 1, k > n, an unknown `which`, a start vector of another shape.
+        k < 1, k > n, an unknown `which`, a start vector of another shape, too little memory.
     NonFiniteError
         A product holds nan or inf.
 
+    Whatever exception ends the search, Ctrl-C included, has an attribute `partial`: the Eigenpairs
+    as they stood, their residuals not measured but as the recurrence has them, or None.
+
     Notes
     -----
-    Costs the Krylov steps (17 to 35 for ten outliers of a typical network), 5 for the certificate
-    and k for the residuals.
+    Costs the Krylov steps (17 to 35 for ten outliers of a typical network), 5 to 12 for the
+    certificate and one per pair for the residuals.
 
     References
     ----------
@@ -186,39 +255,104 @@ def eigsh(
     >>> values, vectors = spectra.eigsh(np.diag([4.0, -7.0, 1.0, 0.5]), k=2)
     >>> print(values.round(6))
     [ 4. -7.]
+    >>> print(spectra.eigsh(np.diag([4.0, -7.0, 1.0, 0.5]), above=0.8).values.round(6))
+    [ 4.  1. -7.]
     """
     operator = as_operator(H)
     space = operator.space
-    _check_arguments(space.n, k, which, tol, ncv)
-    budget = 20 * k + 200 if max_matvecs is None else max_matvecs
-    if budget < 2 * k:
-        msg = f"max_matvecs={budget} is too few: k steps and k residuals need at least {2 * k}"
+    _check_arguments(space.n, k, which, above, tol)
+    count = min(_DEFAULT_COUNT, space.n) if k is None and above is None else k
+    target = Target(which, count, above)
+    budget = 20 * target.expected + 200 if max_matvecs is None else max_matvecs
+    if budget < 2 * target.least:
+        msg = (
+            f"max_matvecs={budget} is too few: k steps and k residuals need at least "
+            f"{2 * target.least}"
+        )
         raise ArgumentError(msg)
     generator = probes.seeded(seed)
-    capacity = _capacity(space, k, ncv)
+    capacity = _capacity(space, target.expected, ncv, memory_budget)
     start = None if v0 is None else _start_vector(operator, v0)
     before = operator.matvecs
     krylov = Krylov(operator, capacity, generator, start)
-    search = _Search(krylov, k, which, tol, last_step=budget - k)
+    search = Search(krylov, target, tol, budget)
+    provenance = {
+        "operator": operator.describe(),
+        "options": {
+            "k": k,
+            "which": which,
+            "above": above,
+            "tol": tol,
+            "max_matvecs": budget,
+            "ncv": capacity,
+        },
+        "seed": seed,
+        "versions": versions(),
+    }
+
+    def result(rows: Tensor, values: np.ndarray, residuals: np.ndarray, **more: Any) -> Eigenpairs:
+        order = np.argsort(-values, kind="stable")
+        converged = residuals <= search.thresholds(values)
+        return Eigenpairs(
+            values=values[order],
+            vectors=operator.native(rows[torch.from_numpy(order).to(rows.device)].T),
+            residuals=residuals[order],
+            converged=converged[order],
+            which=which,
+            tol=tol,
+            matvecs=operator.matvecs - before,
+            above=above,
+            basis_size=krylov.capacity,
+            noise=krylov.noise.relative,
+            floor=search.floor,
+            provenance=provenance,
+            **more,
+        )
 
     with progress_bar("eigsh", budget, progress) as bar:
         search.bar = bar
-        search.run()
-        search.certify()
-        claimed = search.claimed_residuals()
-        values, rows, residuals = search.measured(operator)
+        try:
+            search.run()
+            search.certify()
+            claimed = search.claimed_residuals()
+            rows, values, residuals = search.measured(operator)
+        except BaseException as error:
+            if search.pairs is not None:
+                note = "interrupted: the residuals are the recurrence's own, not measured"
+                partial = result(*search.unmeasured(), notes=(note,))
+                with contextlib.suppress(AttributeError):
+                    error.partial = partial  # type: ignore[attr-defined]
+            raise
+    notes = [*search.notes, *_more_notes(search, values, residuals, claimed)]
+    return result(
+        rows,
+        values,
+        residuals,
+        no_eigenvalue_above=search.above,
+        no_eigenvalue_below=search.below,
+        certified=search.certified,
+        notes=tuple(notes),
+    )
 
+
+def _more_notes(
+    search: Search, values: np.ndarray, residuals: np.ndarray, claimed: np.ndarray
+) -> list[str]:
+    """What the measured residuals tell beyond the recurrence."""
     limits = search.thresholds(values)
     converged = residuals <= limits
-    order = np.argsort(-values, kind="stable")
-    notes = [*search.notes]
+    noise, floor = search.krylov.noise.relative, search.floor
+    notes = noise_notes(noise, floor)
     if not search.converged:
         notes.append(
-            f"{int(converged.sum())} of {k} pairs converged within {operator.matvecs - before} "
-            "matvecs; allow more with max_matvecs, a larger basis with ncv, or a larger tol"
+            f"{int(converged.sum())} of {len(values)} pairs converged within "
+            f"{search.steps + len(values)} matvecs; allow more with max_matvecs, a larger basis "
+            "with ncv, or a larger tol"
         )
     # The recurrence is right up to the noise of the products; 2 leaves room for its rounding.
-    surprising = ~converged & (search.converged | (residuals > 2 * np.maximum(claimed, limits)))
+    lost = np.abs(values) <= floor
+    surprising = ~converged & ~lost
+    surprising &= search.converged | (residuals > 2 * np.maximum(claimed, limits))
     if surprising.any():
         worst = int(np.argmax(surprising * residuals / np.maximum(limits, np.finfo(float).tiny)))
         notes.append(
@@ -226,212 +360,52 @@ def eigsh(
             f"it measures {residuals[worst]:.2g}: the products are less exact than tol asks for "
             "(half or single precision, or not deterministic)"
         )
-    return Eigenpairs(
-        values=values[order],
-        vectors=operator.native(rows[torch.from_numpy(order)].T),
-        residuals=residuals[order],
-        converged=converged[order],
-        which=which,
-        tol=tol,
-        matvecs=operator.matvecs - before,
-        no_eigenvalue_above=search.above,
-        no_eigenvalue_below=search.below,
-        basis_size=krylov.capacity,
-        notes=tuple(notes),
-        provenance={
-            "operator": operator.describe(),
-            "options": {"k": k, "which": which, "tol": tol, "max_matvecs": budget, "ncv": ncv},
-            "seed": seed,
-            "versions": versions(),
-        },
-    )
+    return notes
 
 
-class _Search:
-    """One search for k extreme Ritz pairs; remembers what the last Ritz decomposition was."""
-
-    def __init__(self, krylov: Krylov, k: int, which: Which, tol: float, last_step: int) -> None:
-        self.krylov = krylov
-        self.k = k
-        self.which: Which = which
-        self.tol = tol
-        self.steps_left = last_step
-        self.pairs: RitzPairs | None = None
-        self.converged = False
-        self.above: float | None = None
-        self.below: float | None = None
-        self.notes: list[str] = []
-        self.bar: Any = None
-        self._norm = 0.0
-
-    def thresholds(self, values: np.ndarray) -> np.ndarray:
-        """The residual at which each value counts as converged, relative to it and to ‖H‖."""
-        scale = np.maximum(np.abs(values), self.tol * self._norm)
-        rounding = 4 * self.krylov._space.eps * self._norm
-        return np.maximum(self.tol * scale, rounding)
-
-    def run(self) -> None:
-        """Step until the wanted pairs have converged, the space is complete, or the budget ends."""
-        krylov = self.krylov
-        # A complete basis leaves nothing to converge: its Ritz pairs are all the eigenpairs.
-        self.converged = krylov.complete
-        while self.steps_left > 0 and not krylov.complete:
-            if krylov.full:
-                assert self.pairs is not None
-                krylov.restart(self.pairs, _wanted(self.pairs.values, self._kept(), self.which))
-            self._step()
-            if krylov.size < self.k:
-                continue
-            pairs = self.pairs = krylov.ritz()
-            self._norm = max(self._norm, float(np.abs(pairs.values).max()))
-            self.converged = krylov.complete or self._within_limits(pairs)
-            if self.converged:
-                return
-
-    def certify(self) -> None:
-        """Look for missed eigenvalues in the complement; take them in until none turns up."""
-        krylov = self.krylov
-        found = 0
-        while self.converged and not krylov.complete:
-            assert self.pairs is not None
-            known = self._values_of(self.pairs)
-            if self.steps_left < _CERTIFICATE_STEPS:
-                self.notes.append(
-                    "the budget left no products to look for missed eigenvalues: a multiple "
-                    "eigenvalue may be missing copies"
-                )
-                break
-            self._probe_the_complement()
-            if not self._moved_from(known) and (krylov.complete or self._within_limits(self.pairs)):
-                break
-            # Something in the complement is close to the wanted pairs, or beyond them.
-            self.run()
-            if not self._moved_from(known):
-                break
-            found += 1
-            self.above = self.below = None
-        if self.converged and krylov.complete:
-            self._bound_exactly()
-        if found:
-            self.notes.append(
-                "eigenvalues that the first Krylov space could not see were found in its "
-                "complement and taken in: repeated or clustered eigenvalues"
-            )
-
-    def claimed_residuals(self) -> np.ndarray:
-        """Residuals (k,) of the wanted pairs as the recurrence has them."""
-        assert self.pairs is not None
-        return self.pairs.residuals[_wanted(self.pairs.values, self.k, self.which)]
-
-    def measured(self, operator: SymmetricOperator) -> tuple[np.ndarray, Tensor, np.ndarray]:
-        """Rayleigh quotients, vectors as rows (k, n), and true residuals: k products."""
-        krylov, space = self.krylov, self.krylov._space
-        assert self.pairs is not None
-        krylov.restart(self.pairs, _wanted(self.pairs.values, self.k, self.which))
-        rows = krylov.basis.clone()
-        values, residuals = np.zeros(self.k), np.zeros(self.k)
-        for row in rows:
-            row.div_(space.norm(row))
-        chunk = max(1, krylov.capacity // 4)
-        for start in range(0, self.k, chunk):
-            products = operator.apply(rows[start : start + chunk].T).T
-            for i, product in enumerate(products, start=start):
-                values[i] = space.inner(rows[i], product)
-                residuals[i] = space.norm(product - values[i] * rows[i])
-                self.bar.update()
-        return values, rows, residuals
-
-    def _step(self) -> None:
-        self.krylov.step()
-        self.steps_left -= 1
-        self.bar.update()
-
-    def _values_of(self, pairs: RitzPairs) -> np.ndarray:
-        return pairs.values[_wanted(pairs.values, self.k, self.which)]
-
-    def _within_limits(self, pairs: RitzPairs) -> bool:
-        chosen = _wanted(pairs.values, self.k, self.which)
-        limits = self.thresholds(pairs.values[chosen])
-        return bool((pairs.residuals[chosen] <= limits).all())
-
-    def _moved_from(self, known: np.ndarray) -> bool:
-        assert self.pairs is not None
-        moves = np.abs(self._values_of(self.pairs) - known)
-        return bool((moves > self.thresholds(known)).any())
-
-    def _probe_the_complement(self) -> None:
-        """A few steps from a fresh random direction beside the wanted Ritz vectors, and a bound."""
-        krylov = self.krylov
-        assert self.pairs is not None
-        krylov.restart_fresh(self.pairs, _wanted(self.pairs.values, self.k, self.which))
-        bounded = False
-        for _ in range(min(_CERTIFICATE_STEPS, krylov.dimension - self.k)):
-            if krylov.full:
-                # A small basis: the bound stands on the steps so far, the search goes on.
-                bounded = bounded or self._bound_the_rest()
-                pairs = krylov.ritz()
-                krylov.restart(pairs, _wanted(pairs.values, self._kept(), self.which))
-            self._step()
-        bounded = bounded or self._bound_the_rest()
-        self.pairs = krylov.ritz()
-
-    def _kept(self) -> int:
-        """How many Ritz vectors a restart keeps: 40 % of the basis did best in the study."""
-        capacity = self.krylov.capacity
-        return min(max(self.k + 3, round(0.4 * capacity)), capacity - 1)
-
-    def _bound_the_rest(self) -> bool:
-        krylov = self.krylov
-        inner = krylov.projection[self.k : krylov.size, self.k : krylov.size]
-        betas = np.append(np.abs(np.diag(inner, -1)), krylov.beta)
-        remaining = krylov.dimension - self.k
-        if self.which != "SA":
-            self.above = upper_bound(
-                np.linalg.eigvalsh(inner), betas, remaining, _CERTIFICATE_CONFIDENCE
-            )
-        if self.which != "LA":
-            self.below = -upper_bound(
-                np.linalg.eigvalsh(-inner), betas, remaining, _CERTIFICATE_CONFIDENCE
-            )
-        return True
-
-    def _bound_exactly(self) -> None:
-        """The basis spans the space: what was not wanted is known, too."""
-        assert self.pairs is not None
-        values = self.pairs.values
-        others = np.delete(values, _wanted(values, self.k, self.which))
-        self.above = float(others.max()) if len(others) and self.which != "SA" else None
-        self.below = float(others.min()) if len(others) and self.which != "LA" else None
+def _beyond(which: str, above: float) -> str:
+    """The condition of a threshold, for people."""
+    return {"LA": f"λ > {above:g}", "SA": f"λ < {-above:g}"}.get(which, f"|λ| > {above:g}")
 
 
-def _wanted(values: np.ndarray, k: int, which: Which) -> np.ndarray:
-    """Indices of the k wanted among ascending values."""
-    count = len(values)
-    k = min(k, count)
-    if which == "LA":
-        return np.arange(count - k, count)
-    if which == "SA":
-        return np.arange(k)
-    if which == "BE":
-        return np.concatenate([np.arange(k // 2), np.arange(count - (k - k // 2), count)])
-    return np.sort(np.argsort(-np.abs(values), kind="stable")[:k])
-
-
-def _capacity(space: VectorSpace, k: int, ncv: int | None) -> int:
-    if ncv is not None:
-        return min(ncv, space.n)
-    rows = space.affordable()
-    # What is below k + 2 cannot work at all: then let the allocation fail and say how much it was.
-    return min(space.n, max(min(max(8 * k, 80), rows - 3), k + 2 + _CERTIFICATE_STEPS))
-
-
-def _check_arguments(n: int, k: int, which: str, tol: float, ncv: int | None) -> None:
-    if isinstance(k, bool) or not isinstance(k, int | np.integer):
-        msg = f"k={k!r}; expected an integer number of eigenpairs"
-        raise ArgumentTypeError(msg)
-    if not 1 <= k <= n:
-        msg = f"k={k}, but the operator is {n:,} x {n:,}; expected 1 <= k <= {n:,}"
+def _capacity(space: VectorSpace, k: int, ncv: int | None, memory_budget: int | None) -> int:
+    """Most basis vectors to hold."""
+    size = torch.finfo(space.dtype).bits // 8 * space.n
+    least = min(k + 2, space.n)
+    if ncv is not None and memory_budget is not None:
+        msg = "ncv and memory_budget say the same in vectors and in bytes; give one of them"
         raise ArgumentError(msg)
+    if memory_budget is not None:
+        # Besides the basis: the next vector, the product, and what the algorithm works in.
+        ncv = memory_budget // size - 3
+        if ncv < least:
+            msg = (
+                f"memory_budget={memory_budget:,} bytes holds {max(ncv, 0)} vectors of "
+                f"{size:,} bytes; {k} eigenpairs take at least {(least + 3) * size:,}"
+            )
+            raise ArgumentError(msg)
+        return min(ncv, space.n)
+    if ncv is not None:
+        if not isinstance(ncv, int | np.integer):
+            msg = f"ncv={ncv!r}; expected an integer number of basis vectors"
+            raise ArgumentTypeError(msg)
+        if ncv < least:
+            msg = f"ncv={ncv} is too small for k={k}; expected at least k + 2"
+            raise ArgumentError(msg)
+        return min(ncv, space.n)
+    usual = max(8 * k, 80, min(_FREE_BYTES // size, _FREE_VECTORS))
+    # What is below k + 2 cannot work at all: then let the allocation fail and say how much it was.
+    return min(space.n, max(min(usual, space.affordable() - 3), k + 2 + CERTIFICATE_STEPS))
+
+
+def _check_arguments(n: int, k: int | None, which: str, above: float | None, tol: float) -> None:
+    if k is not None:
+        if isinstance(k, bool) or not isinstance(k, int | np.integer):
+            msg = f"k={k!r}; expected an integer number of eigenpairs"
+            raise ArgumentTypeError(msg)
+        if not 1 <= k <= n:
+            msg = f"k={k}, but the operator is {n:,} x {n:,}; expected 1 <= k <= {n:,}"
+            raise ArgumentError(msg)
     if which == "SM":
         msg = (
             "which='SM' asks for eigenvalues inside the spectrum, where a Hessian has most of its "
@@ -445,23 +419,35 @@ def _check_arguments(n: int, k: int, which: str, tol: float, ncv: int | None) ->
     if not (isinstance(tol, int | float | np.floating) and tol > 0):
         msg = f"tol={tol!r}; expected a positive relative residual, such as 1e-3"
         raise ArgumentError(msg)
-    if ncv is not None and not isinstance(ncv, int | np.integer):
-        msg = f"ncv={ncv!r}; expected an integer number of basis vectors"
-        raise ArgumentTypeError(msg)
-    if ncv is not None and ncv < min(k + 2, n):
-        msg = f"ncv={ncv} is too small for k={k}; expected at least k + 2"
+    if above is None:
+        return
+    if not (isinstance(above, int | float | np.floating) and math.isfinite(above)):
+        msg = f"above={above!r}; expected a finite threshold for the eigenvalues"
+        raise ArgumentError(msg)
+    if above < 0 and which != "LA":
+        msg = (
+            f"above={above} with which={which!r}; the threshold is a distance from zero there, and "
+            "not negative"
+        )
         raise ArgumentError(msg)
 
 
 def _start_vector(operator: SymmetricOperator, v0: Any) -> Tensor:
+    """A start vector (n,), the sum of the unit vectors along the columns of `v0` if it has many."""
     space = operator.space
-    vector = v0.detach() if isinstance(v0, Tensor) else operator.from_numpy(v0)
-    if vector.shape != (space.n,):
-        msg = f"v0 has shape {tuple(vector.shape)}, expected ({space.n},)"
+    given = v0.detach() if isinstance(v0, Tensor) else operator.from_numpy(v0)
+    if given.dim() not in {1, 2} or given.shape[0] != space.n or given.numel() == 0:
+        msg = f"v0 has shape {tuple(given.shape)}, expected ({space.n},) or ({space.n}, p)"
         raise ArgumentError(msg)
-    vector = vector.to(device=space.device, dtype=space.dtype)
-    norm = space.norm(vector)
-    if not (math.isfinite(norm) and norm > 0):
-        msg = f"v0 has norm {norm}; expected a finite vector other than zero"
+    columns = given.to(device=space.device, dtype=space.dtype).reshape(space.n, -1)
+    vector = space.zeros()
+    for column in columns.T:
+        norm = space.norm(column)
+        if not (math.isfinite(norm) and norm > 0):
+            msg = f"v0 has norm {norm}; expected a finite vector other than zero"
+            raise ArgumentError(msg)
+        vector.add_(column, alpha=1 / norm)
+    if not space.norm(vector) > 0:
+        msg = "the columns of v0 add up to zero; pass linearly independent ones"
         raise ArgumentError(msg)
     return vector

@@ -81,29 +81,31 @@ class Krylov:
         complement_of: Tensor | None = None,
     ) -> None:
         self._operator = operator
-        self._space = operator.space
+        self.space = operator.space
         self._generator = generator
         self._outside = complement_of
-        self.dimension = self._space.n - (0 if complement_of is None else len(complement_of))
+        self.dimension = self.space.n - (0 if complement_of is None else len(complement_of))
         self.capacity = min(capacity, self.dimension)
         # One row more than the capacity: the next basis vector waits there.
-        self._rows = self._space.empty(min(self.capacity + 1, self.dimension))
+        self._rows = self.space.empty(min(self.capacity + 1, self.dimension))
         self.projection = np.zeros((self.capacity, self.capacity))
         self.size = 0
         self.beta = 0.0
         self.exhausted = False
         """The span of the basis was invariant under H when the last vector was added."""
-        self.noise = Noise(self._space.n)
+        self.noise = Noise(self.space.n)
         """How unsymmetric the products so far were, from numbers that the steps contain."""
+        # Residuals of the first basis vectors towards directions that a fresh start has dropped.
+        self._dropped = np.zeros(0)
         # ‖Hv‖ of the last vector; nan where the one before is no neighbour of the next.
         self._last_size = math.nan
         if start is None:
-            self._rows[0] = probes.sphere(self._space, generator, complement_of)
+            self._rows[0] = probes.sphere(self.space, generator, complement_of)
         else:
             start = start.clone()
             if complement_of is not None:
-                probes.remove(self._space, start, complement_of)
-            self._rows[0] = start.div_(self._space.norm(start))
+                probes.remove(self.space, start, complement_of)
+            self._rows[0] = start.div_(self.space.norm(start))
 
     @property
     def basis(self) -> Tensor:
@@ -125,7 +127,7 @@ class Krylov:
         j = self.size
         vector = self._operator.apply(self._rows[j])
         if self._outside is not None:
-            probes.remove(self._space, vector, self._outside)
+            probes.remove(self.space, vector, self._outside)
         self.size = j + 1
         coefficients, norm, defect = self._orthogonalise(vector)
         size = math.hypot(float(np.linalg.norm(coefficients)), norm)
@@ -134,7 +136,7 @@ class Krylov:
         self._last_size = size
         self.projection[: j + 1, j] = self.projection[j, : j + 1] = coefficients
         scale = float(np.abs(self.projection[: j + 1, : j + 1]).max(initial=0.0))
-        self.exhausted = norm <= max(10 * self._space.eps, _ROUNDING) * scale
+        self.exhausted = norm <= max(10 * self.space.eps, _ROUNDING) * scale
         self.beta = 0.0 if self.exhausted else norm
         if self.complete:
             self.beta, self.exhausted = 0.0, True
@@ -146,31 +148,50 @@ class Krylov:
     def ritz(self) -> RitzPairs:
         """Eigenpairs of the projection, at the cost of a small dense eigenproblem."""
         values, coefficients = np.linalg.eigh(self.projection[: self.size, : self.size])
-        return RitzPairs(values, coefficients, self.beta * np.abs(coefficients[-1]))
+        residuals = self.beta * np.abs(coefficients[-1])
+        return RitzPairs(values, coefficients, np.hypot(residuals, self._inherited(coefficients)))
 
-    def restart(self, pairs: RitzPairs, keep: np.ndarray) -> None:
-        """Shrink the basis to the chosen Ritz vectors and go on from the same next vector."""
+    def restart(self, pairs: RitzPairs, keep: np.ndarray) -> RitzPairs:
+        """Shrink the basis to the chosen Ritz vectors and go on from the same next vector.
+
+        Returns the pairs that are left, in terms of the new basis.
+        """
         following = self._rows[self.size].clone() if self.size < len(self._rows) else None
         beta, exhausted = self.beta, self.exhausted
-        self._shrink(pairs, keep)
+        left = self._shrink(pairs, keep)
         # What couples the kept vectors to the next one comes out of its own projection.
         self.beta, self.exhausted = beta, exhausted
         if following is not None:
             self._rows[self.size] = following
+        return left
 
-    def restart_fresh(self, pairs: RitzPairs, keep: np.ndarray) -> None:
-        """Shrink the basis to the chosen Ritz vectors and go on in a fresh random direction."""
-        self._shrink(pairs, keep)
+    def restart_fresh(self, pairs: RitzPairs, keep: np.ndarray) -> RitzPairs:
+        """Shrink the basis to the chosen Ritz vectors and go on in a fresh random direction.
+
+        Returns the pairs that are left, in terms of the new basis.
+        """
+        left = self._shrink(pairs, keep)
+        self._dropped = left.residuals
         self.beta, self.exhausted = 0.0, True
         self._rows[self.size] = self._fresh_direction()
+        return left
 
-    def _shrink(self, pairs: RitzPairs, keep: np.ndarray) -> None:
+    def _shrink(self, pairs: RitzPairs, keep: np.ndarray) -> RitzPairs:
         rotation = torch.from_numpy(np.ascontiguousarray(pairs.coefficients[:, keep]))
-        self._space.rotate(self.basis, rotation.to(self._space.device))
+        self.space.rotate(self.basis, rotation.to(self.space.device))
+        self._dropped = self._inherited(pairs.coefficients[:, keep])
         self.size = len(keep)
         self._last_size = math.nan
         self.projection[:] = 0.0
         self.projection[range(self.size), range(self.size)] = pairs.values[keep]
+        return RitzPairs(pairs.values[keep], np.eye(self.size), pairs.residuals[keep])
+
+    def _inherited(self, coefficients: np.ndarray) -> np.ndarray:
+        """What of the dropped residuals is in each combination of basis vectors (columns)."""
+        inherited: np.ndarray = np.linalg.norm(
+            self._dropped[:, None] * coefficients[: len(self._dropped)], axis=0
+        )
+        return inherited
 
     def _orthogonalise(self, vector: Tensor) -> tuple[np.ndarray, float, float | None]:
         """Take the basis out of `vector` in place.
@@ -178,7 +199,7 @@ class Krylov:
         Returns the coefficients, the norm that is left, and the symmetry defect
         v_{j-1}ᵀ(H v_j) − v_jᵀ(H v_{j-1}) where the two are neighbours.
         """
-        space, basis = self._space, self.basis
+        space, basis = self.space, self.basis
         # The two components that three-term recurrence knows of, so that the projection on the
         # whole basis finds next to nothing and one pass of it is usually enough.
         local, defect = np.zeros(self.size), None
@@ -209,7 +230,7 @@ class Krylov:
 
     def _fresh_direction(self) -> Tensor:
         """A random unit vector orthogonal to everything held so far."""
-        space = self._space
+        space = self.space
         held = [rows for rows in (self._outside, self.basis) if rows is not None]
         while True:
             vector = probes.sphere(space, self._generator)
@@ -254,14 +275,17 @@ def upper_bound(
     smallest = math.sqrt(special.betaincinv(0.5, (n - 1) / 2, 1 - confidence))
     target = float(np.log(betas).sum()) - math.log(smallest)
 
-    def excess(t: float) -> float:
-        return float(np.log(t - ritz_values).sum()) - target
-
+    # The distance to the largest Ritz value, in units of the spread: the same at every scale.
     spread = top - float(np.min(ritz_values)) + float(betas.max())
-    low = top + 1e-12 * max(abs(top), spread)
+    below = top - ritz_values
+
+    def excess(distance: float) -> float:
+        return float(np.log(distance * spread + below).sum()) - target
+
+    low = 1e-12 * max(abs(top) / spread, 1.0)
     if excess(low) > 0:
-        return low
-    high = top + spread
+        return top + low * spread
+    high = 1.0
     while excess(high) < 0:
-        high = top + 2 * (high - top)
-    return float(optimize.brentq(excess, low, high))
+        high *= 2
+    return top + spread * float(optimize.brentq(excess, low, high))

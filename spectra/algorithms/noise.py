@@ -13,10 +13,10 @@ from torch import Tensor
 
 from spectra.objective.vectors import VectorSpace
 
-__all__ = ["Noise", "noise_notes"]
+__all__ = ["LOUD", "Noise", "noise_notes"]
 
 # Below this, noise is no concern of a reader who looks at three or four digits.
-_LOUD = 1e-4
+LOUD = 1e-4
 
 
 class Noise:
@@ -56,7 +56,7 @@ class Noise:
 
 def noise_notes(noise: float, floor: float) -> list[str]:
     """What a reader has to know about the noise: nothing where it is below 1e-4."""
-    if not noise > _LOUD:
+    if not noise > LOUD:
         return []
     return [
         f"the products differ from those of one symmetric matrix by {noise:.1g} (measured; half "

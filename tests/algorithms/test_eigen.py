@@ -111,6 +111,106 @@ def test_eigenvectors_are_those_of_the_matrix():
     assert pairs.values == pytest.approx(values[:4])
 
 
+# --- all beyond a threshold -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+@pytest.mark.parametrize("above", [0.1, 0.28, 0.5, 1.5, 30.0, 200.0])
+def test_all_eigenvalues_beyond_a_threshold_are_found(above, which):
+    values = s1(300)
+    beyond = {"LA": values > above, "SA": values < -above}.get(which, np.abs(values) > above)
+    pairs = spectra.eigsh(Rotated(values), above=above, which=which, max_matvecs=2000)
+    assert pairs.values == pytest.approx(values[beyond], abs=1e-3)
+    assert pairs.certified
+    assert pairs.vectors.shape == (300, beyond.sum())
+    assert (pairs.no_eigenvalue_above or 0) <= above + 1e-3 * 100
+    assert f"{len(pairs)} eigenpairs" in str(pairs)
+
+
+def test_copies_beyond_a_threshold_are_found():
+    pairs = spectra.eigsh(Diagonal(s5()), above=7, which="LA")
+    assert pairs.values == pytest.approx(np.repeat([50, 20, 10], 3), rel=1e-5)
+    assert pairs.certified
+    assert "repeated or clustered" in pairs.notes[0]
+
+
+def test_a_threshold_may_be_negative_for_the_largest():
+    values = np.array([3.0, 1.0, -0.5, -2.0])
+    assert spectra.eigsh(np.diag(values), above=-1, which="LA").values == pytest.approx(values[:3])
+
+
+def test_at_most_k_beyond_a_threshold():
+    assert spectra.eigsh(Diagonal(s1()), 3, above=5).values == pytest.approx(s1()[:3], rel=1e-4)
+    assert spectra.eigsh(Diagonal(s1()), 3, above=80).values == pytest.approx(s1()[:1], rel=1e-4)
+
+
+def test_more_beyond_the_threshold_than_the_basis_holds_is_said():
+    pairs = spectra.eigsh(Diagonal(semicircle(400)), above=0.5, ncv=30)
+    assert not pairs.certified
+    assert any("raise the threshold" in note or "allow more" in note for note in pairs.notes)
+
+
+# --- what may be missing ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_pair_that_was_missed_is_never_certified_away(seed):
+    pairs = spectra.eigsh(wilkinson(), 2, which="LA", seed=seed, ncv=7)
+    complete = pairs.values == pytest.approx(WILKINSON_TOP[:2], abs=1e-6)
+    assert complete or not pairs.certified
+    assert complete or pairs.no_eigenvalue_above >= WILKINSON_TOP[1] - 1e-9
+
+
+def test_outliers_with_a_gap_are_certified_complete():
+    pairs = spectra.eigsh(Diagonal(s1()), 10)
+    assert pairs.certified
+    assert pairs.notes == ()
+
+
+def test_the_edge_of_a_continuum_says_what_it_cannot_exclude():
+    pairs = spectra.eigsh(Diagonal(semicircle()), 3, which="LA")
+    assert not pairs.certified
+    assert any("cannot be excluded" in note for note in pairs.notes)
+
+
+def test_errors_of_values_and_gaps_hold():
+    values = s1()
+    pairs = spectra.eigsh(Rotated(values), 10, which="LA")
+    assert (np.abs(pairs.values - values[:10]) <= pairs.value_errors + 1e-12).all()
+    assert (pairs.value_errors <= pairs.residuals).all()
+    exact = np.minimum(-np.diff(values[:11]), np.append(np.inf, -np.diff(values[:10])))
+    assert (pairs.gaps <= exact * (1 + 1e-6)).all()
+    assert pairs.gaps[-1] == pytest.approx(pairs.values[-1] - pairs.no_eigenvalue_above)
+
+
+# --- where it starts, and what it may hold ----------------------------------------------------
+
+
+def test_a_subspace_as_a_start_saves_products():
+    h, values = Rotated(s2()), s2()
+    exact = np.stack([h.reflect(unit) for unit in np.eye(2000)[:10]], axis=1)
+    noise = np.random.default_rng(0).normal(size=exact.shape) * 1e-3 / np.sqrt(2000)
+    cold, warm = spectra.eigsh(h, 10), spectra.eigsh(h, 10, v0=exact + noise)
+    assert warm.matvecs < cold.matvecs
+    assert warm.values == pytest.approx(values[:10], rel=1e-4)
+
+
+def test_opposite_columns_are_no_start():
+    columns = np.stack([np.ones(9), -np.ones(9)], axis=1)
+    with pytest.raises(ArgumentError, match="add up to zero"):
+        spectra.eigsh(np.diag(np.arange(9.0)), 2, v0=columns)
+
+
+def test_a_memory_budget_is_a_basis_size():
+    pairs = spectra.eigsh(Diagonal(s1(), np.float32), 5, memory_budget=20 * 2000 * 4)
+    assert pairs.basis_size == 17
+    assert pairs.converged.all()
+    with pytest.raises(ArgumentError, match=r"holds 1 vectors of 16,000 bytes; .*least 160,000"):
+        spectra.eigsh(Diagonal(s1()), 5, memory_budget=4 * 2000 * 8)
+    with pytest.raises(ArgumentError, match="give one of them"):
+        spectra.eigsh(Diagonal(s1()), 5, memory_budget=10**6, ncv=20)
+
+
 # --- kinds of input ---------------------------------------------------------------------------
 
 
@@ -614,10 +714,38 @@ def test_a_noisy_operator_is_found_out(relative):
     assert np.abs(pairs.values / values[:10] - 1).max() < 10 * relative
 
 
-def test_noise_is_named_also_where_the_budget_ends_first():
-    pairs = spectra.eigsh(Noisy(s1(1000), 1e-1), 10, which="SA", max_matvecs=70)
-    assert any("pairs converged within 70 matvecs" in note for note in pairs.notes)
-    assert any("products are less exact than tol asks for" in note for note in pairs.notes)
+def test_eigenvalues_within_the_noise_end_the_search_and_have_no_sign():
+    pairs = spectra.eigsh(Noisy(s1(1000), 1e-2), 10, which="SA")
+    assert pairs.noise == pytest.approx(1e-2, rel=0.5)
+    assert pairs.floor == pytest.approx(100 * pairs.noise, rel=0.05)
+    assert pairs.matvecs < 100
+    assert pairs.within_noise.all()
+    assert str(pairs).count("within the noise, sign unknown") == 10
+    assert any("digits below 1 mean nothing" in note for note in pairs.notes)
+    assert not any("repeated" in note for note in pairs.notes)
+
+
+def test_outliers_above_the_noise_keep_their_sign():
+    pairs = spectra.eigsh(Noisy(s1(1000), 1e-2), 5, which="LA")
+    assert not pairs.within_noise.any()
+    assert pairs.values == pytest.approx(s1(1000)[:5], rel=0.02)
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 10, 15, 20])
+def test_what_was_found_survives_an_exception(at):
+    h = operator(Poisoned(s1(200), at))
+    with pytest.raises(NonFiniteError) as caught:
+        spectra.eigsh(h, 5)
+    partial = caught.value.partial
+    if at <= 5:
+        assert partial is None
+        return
+    assert "not measured" in partial.notes[0]
+    vectors = partial.vectors
+    assert vectors.T @ vectors == pytest.approx(np.eye(5), abs=1e-12)
+    measured = np.linalg.norm(s1(200)[:, None] * vectors - vectors * partial.values, axis=0)
+    assert (partial.residuals >= 0.99 * measured - 1e-8).all()
+    assert (partial.residuals <= 1.5 * measured + 1e-8).all()
 
 
 def test_noise_below_the_tolerance_is_no_matter():
@@ -732,9 +860,11 @@ def test_single_precision_is_right_at_two_million_entries():
         ({"ncv": 4.5}, ArgumentTypeError, r"ncv=4.5; expected an integer"),
         ({"seed": -1}, ArgumentError, r"seed=-1; expected an integer >= 0"),
         ({"seed": 0.5}, ArgumentError, r"seed=0.5; expected an integer >= 0"),
+        ({"above": -0.5}, ArgumentError, r"above=-0.5 with which='LM'; .*distance from zero"),
+        ({"above": np.nan}, ArgumentError, r"above=nan; expected a finite"),
         ({"max_matvecs": 3}, ArgumentError, r"max_matvecs=3 is too few: .*at least 4"),
         ({"v0": np.ones(8)}, ArgumentError, r"v0 has shape \(8,\), expected \(9,\)"),
-        ({"v0": np.ones((9, 1))}, ArgumentError, r"v0 has shape \(9, 1\), expected \(9,\)"),
+        ({"v0": np.ones((1, 9))}, ArgumentError, r"v0 has shape \(1, 9\), expected \(9,\) or"),
         ({"v0": np.zeros(9)}, ArgumentError, r"v0 has norm 0.0; expected a finite vector"),
         ({"v0": np.full(9, np.nan)}, ArgumentError, r"v0 has norm nan; expected a finite vector"),
         ({"v0": np.full(9, 1j)}, ArgumentTypeError, r"expected real numbers, .*complex128"),
