@@ -19,6 +19,7 @@ from torch import Tensor
 from spectra.algorithms import probes as random_probes
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.algorithms.lanczos import Krylov
+from spectra.algorithms.noise import Noise, noise_notes
 from spectra.algorithms.progress import progress_bar
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.objective.parameters import ParameterSpace
@@ -83,6 +84,11 @@ class DiagonalEstimate(Result):
         (probes, parameters) float64 sums of the diagonal over each parameter, as every probe has
         them; one row where exact. Sums over several parameters are to be formed within a row:
         the entries of one probe are correlated.
+    noise
+        Relative error of a product, measured from how unsymmetric the products were; nan where
+        exact.
+    floor
+        noise · ‖H‖_F: what that noise can move the whole vector by, in norm.
     notes
         What to know before believing the numbers, in words.
     """
@@ -99,6 +105,8 @@ class DiagonalEstimate(Result):
     parameters: tuple[str, ...]
     sizes: tuple[int, ...]
     parameter_traces: np.ndarray
+    noise: float = math.nan
+    floor: float = math.nan
     notes: tuple[str, ...] = ()
 
     def module_traces(
@@ -301,7 +309,9 @@ def _result(run: _Run, trial: _Trial, provenance: dict[str, Any]) -> DiagonalEst
         parameters=run.names,
         sizes=tuple(place.stop - place.start for place in run.places),
         parameter_traces=traces,
-        notes=tuple(_notes(run, trial, error)),
+        noise=run.noise.relative,
+        floor=run.floor,
+        notes=(*_notes(run, trial, error), *noise_notes(run.noise.relative, run.floor)),
         provenance=provenance,
     )
 
@@ -627,6 +637,8 @@ class _Run:
         self.names = tuple(slices)
         self.places = list(slices.values())
         self.spent = 0
+        self.noise = Noise(space.n)
+        self._squares: list[float] = []
         self._bar = bar
         self._budget = budget
         self._adaptive = adaptive
@@ -636,10 +648,21 @@ class _Run:
         """Products that the budget still holds."""
         return self._budget - self.spent
 
+    @property
+    def floor(self) -> float:
+        """What the noise can move the diagonal by: its share of ‖H‖_F as the probes have it."""
+        if not self._squares:
+            return math.nan
+        return self.noise.relative * math.sqrt(float(np.mean(self._squares)))
+
     def apply(self, vector: Tensor) -> Tensor:
         """One product, counted."""
         product = self.operator.apply(vector)
         self._count(1)
+        self.noise.watch(self.space, vector, product)
+        if len(self._squares) < _MIN_BASIS:
+            share = self.space.norm(product) / self.space.norm(vector)
+            self._squares.append(self.space.n * share**2)
         return product
 
     def exactly(self) -> _Trial:

@@ -94,11 +94,11 @@ class Krylov:
         self.exhausted = False
         """The span of the basis was invariant under H when the last vector was added."""
         self.noise = Noise(self.space.n)
-        """How unsymmetric the products so far were, from numbers that the steps contain."""
+        """How unsymmetric the first products were."""
         # Residuals of the first basis vectors towards directions that a fresh start has dropped.
         self._dropped = np.zeros(0)
-        # ‖Hv‖ of the last vector; nan where the one before is no neighbour of the next.
-        self._last_size = math.nan
+        # The last two vectors of the basis are neighbours: β couples them, and nothing else.
+        self._neighbours = False
         if start is None:
             self._rows[0] = probes.sphere(self.space, generator, complement_of)
         else:
@@ -126,18 +126,18 @@ class Krylov:
         """Add the waiting vector to the basis: one product."""
         j = self.size
         vector = self._operator.apply(self._rows[j])
+        self.noise.watch(self.space, self._rows[j], vector, successive=True)
         if self._outside is not None:
             probes.remove(self.space, vector, self._outside)
         self.size = j + 1
-        coefficients, norm, defect = self._orthogonalise(vector)
-        size = math.hypot(float(np.linalg.norm(coefficients)), norm)
-        if defect is not None:
-            self.noise.add(defect, math.hypot(self._last_size, size))
-        self._last_size = size
+        coefficients, norm = self._orthogonalise(vector)
         self.projection[: j + 1, j] = self.projection[j, : j + 1] = coefficients
         scale = float(np.abs(self.projection[: j + 1, : j + 1]).max(initial=0.0))
         self.exhausted = norm <= max(10 * self.space.eps, _ROUNDING) * scale
         self.beta = 0.0 if self.exhausted else norm
+        self._neighbours = not self.exhausted
+        if self.exhausted:
+            self.noise.forget()
         if self.complete:
             self.beta, self.exhausted = 0.0, True
         elif self.exhausted:
@@ -181,7 +181,8 @@ class Krylov:
         self.space.rotate(self.basis, rotation.to(self.space.device))
         self._dropped = self._inherited(pairs.coefficients[:, keep])
         self.size = len(keep)
-        self._last_size = math.nan
+        self._neighbours = False
+        self.noise.forget()
         self.projection[:] = 0.0
         self.projection[range(self.size), range(self.size)] = pairs.values[keep]
         return RitzPairs(pairs.values[keep], np.eye(self.size), pairs.residuals[keep])
@@ -193,21 +194,15 @@ class Krylov:
         )
         return inherited
 
-    def _orthogonalise(self, vector: Tensor) -> tuple[np.ndarray, float, float | None]:
-        """Take the basis out of `vector` in place.
-
-        Returns the coefficients, the norm that is left, and the symmetry defect
-        v_{j-1}ᵀ(H v_j) − v_jᵀ(H v_{j-1}) where the two are neighbours.
-        """
+    def _orthogonalise(self, vector: Tensor) -> tuple[np.ndarray, float]:
+        """Take the basis out of `vector` in place: coefficients, and the norm that is left."""
         space, basis = self.space, self.basis
         # The two components that three-term recurrence knows of, so that the projection on the
         # whole basis finds next to nothing and one pass of it is usually enough.
-        local, defect = np.zeros(self.size), None
-        if self.beta > 0 and not math.isnan(self._last_size):
-            # β is v_jᵀ(H v_{j-1}): it made v_j a unit vector.
+        local = np.zeros(self.size)
+        if self._neighbours:
             local[-2] = self.beta
             vector.add_(basis[-2], alpha=-self.beta)
-            defect = space.inner(basis[-2], vector)
         local[-1] = space.inner(basis[-1], vector)
         vector.add_(basis[-1], alpha=-local[-1])
         before, norm = space.norm(vector), 0.0
@@ -226,7 +221,7 @@ class Krylov:
         if self._outside is not None:
             # The product was cleaned before; rounding brings components back.
             space.subtract(vector, self._outside, space.project(self._outside, vector))
-        return coefficients.cpu().numpy(), norm, defect
+        return coefficients.cpu().numpy(), norm
 
     def _fresh_direction(self) -> Tensor:
         """A random unit vector orthogonal to everything held so far."""

@@ -15,12 +15,14 @@ from spectra.objective.vectors import VectorSpace
 
 __all__ = ["LOUD", "Noise", "noise_notes"]
 
+# As many pairs tell the noise to a third; then the two vectors they take are given back.
+_WATCHED = 8
 # Below this, noise is no concern of a reader who looks at three or four digits.
 LOUD = 1e-4
 
 
 class Noise:
-    """Collects symmetry defects from pairs of products that were computed anyway.
+    """Collects symmetry defects uᵀ(Hv) − vᵀ(Hu) from pairs of products that were computed anyway.
 
     Parameters
     ----------
@@ -30,28 +32,72 @@ class Noise:
 
     def __init__(self, n: int) -> None:
         self._n = n
-        self._sum = 0.0
+        self._defects = 0.0
+        self._sizes = 0.0
         self._count = 0
+        self._last: tuple[Tensor, Tensor] | None = None
 
-    def add(self, defect: float, size: float) -> None:
-        """One pair of unit vectors: uᵀ(Hv) − vᵀ(Hu), and sqrt(‖Hu‖² + ‖Hv‖²)."""
-        if size > 0:
-            self._sum += self._n * (defect / size) ** 2
-            self._count += 1
+    def compare(
+        self,
+        space: VectorSpace,
+        u: Tensor,
+        hu: Tensor,
+        v: Tensor,
+        hv: Tensor,
+        *,
+        successive: bool = False,
+    ) -> None:
+        """One pair of vectors (n,) of any length with their products.
 
-    def compare(self, space: VectorSpace, u: Tensor, hu: Tensor, v: Tensor, hv: Tensor) -> None:
-        """One pair of vectors (n,) of any length with their products: four passes over vectors."""
+        Parameters
+        ----------
+        successive
+            v is the Krylov vector that was made from hu. It contains the error of hu, and the
+            defect has then not only a random part η ‖Hv‖ / √n, but also the mean η² ‖Hu‖² / vᵀHu.
+        """
         length_u, length_v = space.norm(u), space.norm(v)
-        defect = (space.inner(u, hv) - space.inner(v, hu)) / (length_u * length_v)
-        self.add(defect, math.hypot(space.norm(hu) / length_u, space.norm(hv) / length_v))
+        if length_u == 0 or length_v == 0:
+            return
+        size_u, size_v = space.norm(hu) / length_u, space.norm(hv) / length_v
+        across = space.inner(v, hu) / (length_u * length_v)
+        defect = space.inner(u, hv) / (length_u * length_v) - across
+        size = size_u**2 + size_v**2
+        if size == 0:
+            return
+        square = self._n * defect**2
+        if abs(defect) <= 0.5 * space.eps * math.sqrt(size):
+            # Rounding: of vectors with few large entries it has no random direction.
+            square = size * space.eps**2
+        elif successive and across != 0:
+            # η² from n defect² = η² size + n (η² ‖Hu‖² / vᵀHu)², as η² size.
+            mean = self._n * (size_u**2 / (across * size)) ** 2
+            square = 2 * square / (1 + math.sqrt(1 + 4 * mean * square))
+        self._defects += square
+        self._sizes += size
+        self._count += 1
+
+    def watch(self, space: VectorSpace, v: Tensor, hv: Tensor, *, successive: bool = False) -> None:
+        """Consecutive products: each is compared with the one before, the first eight of them."""
+        if self._count >= _WATCHED:
+            self._last = None
+            return
+        if self._last is not None:
+            self.compare(space, *self._last, v, hv, successive=successive)
+        self._last = (v.clone(), hv.clone())
+
+    def forget(self) -> None:
+        """The next product has nothing to do with the last one."""
+        self._last = None
 
     @property
     def relative(self) -> float:
-        """Relative error η of a product: root mean square over the pairs, nan without any.
+        """Relative error η of a product, in the root mean square; nan without any pair.
+
+        Not less than eps; and what is below √n eps / 2 may pass for rounding.
 
         For a matrix M that is not symmetric it estimates ‖M − Mᵀ‖_F / (√2 ‖M‖_F).
         """
-        return math.sqrt(self._sum / self._count) if self._count else math.nan
+        return math.sqrt(self._defects / self._sizes) if self._count else math.nan
 
 
 def noise_notes(noise: float, floor: float) -> list[str]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from spectra.algorithms import probes
+from spectra.algorithms.noise import Noise, noise_notes
 from spectra.algorithms.progress import progress_bar
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.operators.base import SymmetricOperator, as_operator
@@ -79,6 +80,10 @@ class Solution(Result):
         which is no proof that there is none.
     direction
         (n,) as x; None without negative curvature.
+    noise
+        Relative error of a product, measured from how unsymmetric the products were.
+    floor
+        noise · ‖b‖: no residual below it can be relied on.
     notes
         What to know before believing the numbers, in words.
     """
@@ -94,6 +99,8 @@ class Solution(Result):
     least_squares: bool = False
     negative_curvature: float | None = None
     direction: Any = None
+    noise: float = math.nan
+    floor: float = math.nan
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -214,6 +221,8 @@ def solve(
         shifted.bar = bar
         refinement.run()
     pairs = 0 if deflate is None else len(deflate.values)
+    noise = shifted.noise.relative
+    floor = noise * operator.space.norm(target)
     curvature, direction = refinement.curvature, refinement.direction
     return Solution(
         x=_handed_back(operator, refinement.x, b),
@@ -227,7 +236,9 @@ def solve(
         least_squares=refinement.least_squares,
         negative_curvature=None if direction is None else curvature,
         direction=None if direction is None else _handed_back(operator, direction, b),
-        notes=tuple(refinement.notes),
+        noise=noise,
+        floor=floor,
+        notes=(*refinement.notes, *noise_notes(noise, floor)),
         provenance={
             "operator": operator.describe(),
             "options": {
@@ -253,11 +264,13 @@ class _Shifted:
         self.bar: Any = None
         # A lower bound of ‖A‖, from the columns of the tridiagonal matrix and from known values.
         self.norm = 0.0
+        self.noise = Noise(self.space.n)
 
     def apply(self, vector: Tensor) -> Tensor:
         product = self.operator.apply(vector)
         self.spent += 1
         self.bar.update()
+        self.noise.watch(self.space, vector, product, successive=True)
         # Never in place: an operator may hand out memory that is not the caller's.
         return torch.add(product, vector, alpha=self.damping)
 

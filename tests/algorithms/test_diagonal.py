@@ -568,7 +568,8 @@ def test_probes_leave_no_vectors_behind():
 
     class Counting(Layered):
         def _products(self, rows):
-            if self.matvecs in {4, 28}:
+            # The first ten tell the noise of the products, and are kept for that.
+            if self.matvecs in {14, 28}:
                 gc.collect()
                 tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
                 held.append(sum(t.numel() for t in tensors if t.shape[-1:] == (60,)))

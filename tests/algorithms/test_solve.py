@@ -572,9 +572,10 @@ def test_noise_above_the_tolerance_is_said():
     found = solve(Noisy(values, relative=1e-2), right_hand_side(200), rtol=1e-6)
     assert not found.converged
     assert found.relative_residual < 0.1
-    [note] = found.notes
+    [note, noise] = found.notes
     assert "a product measured" in note
     assert "less exact than rtol asks for" in note
+    assert f"digits below {found.floor:.1g} mean nothing" in noise
 
 
 @pytest.mark.parametrize("seed", range(5))
