@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectra.errors import ArgumentTypeError, SpectraError
+from spectra.errors import ArgumentTypeError, NonFiniteError, SpectraError
 from spectra.objective.batches import reiterable
 from spectra.objective.objective import FunctionObjective, ModelObjective, Objective
 from spectra.objective.parameters import ParameterSpace, Selection, matching
@@ -190,6 +191,36 @@ class HessianOperator(SymmetricOperator):
             self._restricted_to,
         )
         return operator
+
+    def quadratic_forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """How each batch by itself curves along given directions: the spread of the data.
+
+        Parameters
+        ----------
+        vectors
+            (n, k) directions as columns, of the operator's dtype and on its device.
+
+        Returns
+        -------
+        weights, forms
+            (g,) and (g, k) float64: the weight of every batch (microbatch), and vᵀ H_g v with H_g
+            the Hessian of its own loss. Costs k matvecs.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            Wrong shape, dtype or device.
+        NonFiniteError
+            A form is nan or inf.
+        """
+        self._check_tensor(vectors)
+        rows = vectors.unsqueeze(0) if vectors.dim() == 1 else vectors.T
+        weights, forms = self._oracle.quadratic_forms(rows.contiguous())
+        self.matvecs += len(rows)
+        if not np.isfinite(forms).all():
+            msg = f"a product of one batch by itself is not finite; {self._culprit()}"
+            raise NonFiniteError(msg)
+        return weights, forms
 
     def release(self) -> None:
         """Free the graphs that `graph="retained"` keeps; the next product builds them again."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,6 +113,43 @@ class HvpOracle:
             self._retained_state = self.objective.state()
         self._checked = True
         return out.div_(normaliser)
+
+    def quadratic_forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """How every part of the data by itself curves along each row of `vectors` (k, n).
+
+        Returns
+        -------
+        weights, forms
+            (g,) the parts' weights, and (g, k) vᵀ H_g v with H_g the Hessian of the part's own
+            loss, float64. Costs one product of each vector with the whole Hessian.
+
+        Raises
+        ------
+        LossError, NonFiniteError, DoubleBackwardError
+            As `products` does.
+        """
+        space = self.objective.space
+        directions = [space.views(row) for row in vectors]
+        weights, forms, depends = [], [], False
+        with self.objective.evaluating(), differentiable_attention():
+            product = space.zeros()
+            views = space.views(product)
+            for graph in self._graphs():
+                row = []
+                for i, direction in enumerate(directions):
+                    keep = self.graph == "retained" or i + 1 < len(directions)
+                    product.zero_()
+                    terms = self._second_derivative(graph, direction, keep_graph=keep)
+                    _accumulate(views, terms, 1.0)
+                    row.append(space.inner(vectors[i], product))
+                weights.append(graph.part.weight)
+                forms.append(row)
+                depends = depends or graph.depends
+        self._require_dependence(depends)
+        if self.graph == "retained":
+            self._retained_state = self.objective.state()
+        self._checked = True
+        return np.array(weights), np.array(forms)
 
     def release(self) -> None:
         """Free retained graphs; the next product builds them again."""
