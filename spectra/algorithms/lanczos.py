@@ -205,16 +205,16 @@ class Krylov:
             vector.add_(basis[-2], alpha=-self.beta)
         local[-1] = space.inner(basis[-1], vector)
         vector.add_(basis[-1], alpha=-local[-1])
-        before, norm = space.norm(vector), 0.0
+        norm = 0.0
         coefficients = torch.from_numpy(local).to(space.device)
         for _ in range(3):
             correction = space.project(basis, vector)
             space.subtract(vector, basis, correction)
             coefficients += correction
             norm = space.norm(vector)
+            before = math.hypot(norm, float(torch.linalg.vector_norm(correction)))
             if norm >= _CANCELLATION * before:
                 break
-            before = norm
         else:
             # What the passes left was their own rounding: the vector lies in the span.
             norm = 0.0
