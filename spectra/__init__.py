@@ -7,10 +7,18 @@
 """
 
 from spectra import errors
+from spectra.algorithms.data_spread import DataSpread, data_spread
 from spectra.algorithms.density import SpectralDensity, spectral_density
 from spectra.algorithms.diagonal import DiagonalEstimate, diagonal
 from spectra.algorithms.eigen import Eigenpairs, eigsh
 from spectra.algorithms.estimate import Estimate
+from spectra.algorithms.functions import (
+    effective_dimension,
+    effective_rank,
+    logdet,
+    participation_ratio,
+    spectral_sum,
+)
 from spectra.algorithms.norms import norm
 from spectra.algorithms.solve import Solution, solve
 from spectra.algorithms.trace import trace
@@ -26,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
+    "DataSpread",
     "DiagonalEstimate",
     "Eigenpairs",
     "Estimate",
@@ -36,13 +45,19 @@ __all__ = [
     "SpectralDensity",
     "analyze",
     "as_operator",
+    "data_spread",
     "diagonal",
+    "effective_dimension",
+    "effective_rank",
     "eigsh",
     "errors",
     "load",
+    "logdet",
     "losses",
     "norm",
+    "participation_ratio",
     "solve",
     "spectral_density",
+    "spectral_sum",
     "trace",
 ]

@@ -25,6 +25,7 @@ import torch
 
 from spectra.analysis import storage
 from spectra.analysis.analyze import Analysis, analyze
+from spectra.analysis.budget import parse_budget
 from spectra.errors import ArgumentError, ArgumentTypeError, SpectraError, TargetError
 from spectra.operators.base import SymmetricOperator
 from spectra.operators.hessian import HessianOperator
@@ -159,6 +160,7 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
         "trace": arguments.trace or both,
         "density": arguments.density or both,
         "ncv": arguments.ncv,
+        "budget": arguments.budget,
         "seed": arguments.seed,
     }
     return functools.partial(
@@ -519,6 +521,12 @@ def _add_questions(group: argparse._ArgumentGroup) -> None:
         default=defaults["which"].default,
         help="largest in magnitude, largest, smallest, both ends (default: %(default)s)",
     )
+    add(
+        "--budget",
+        type=_budget,
+        metavar="B",
+        help="most matvecs (100), or a time (90s, 10min, 2h), of the whole run",
+    )
     add("--trace", action="store_true", help="trace and Frobenius norm")
     add("--density", action="store_true", help="spectral density; without either option, both")
     for name, kind, text in (
@@ -574,6 +582,14 @@ def _natural(text: str, least: int = 0) -> int:
             return number
     msg = f"{text!r} is not an integer of at least {least}"
     raise argparse.ArgumentTypeError(msg)
+
+
+def _budget(text: str) -> str:
+    try:
+        parse_budget(text)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _tolerance(text: str) -> float:

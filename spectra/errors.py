@@ -7,7 +7,7 @@ model) are the other kinds. Everything derives from `SpectraError`.
 
 from __future__ import annotations
 
-from typing import Any
+import typing
 
 __all__ = [
     "ArgumentError",
@@ -34,7 +34,7 @@ class SpectraError(Exception):
         What a long computation had found when it was interrupted, or None.
     """
 
-    partial: Any = None
+    partial: typing.Any = None
 
 
 class ArgumentError(SpectraError, ValueError):

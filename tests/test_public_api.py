@@ -38,7 +38,18 @@ PROMISED = [
     "spectral_density",
     "trace",
 ]
-FUNCTIONS = [spectra.eigsh, spectra.trace, spectra.norm, spectra.spectral_density, spectra.analyze]
+FUNCTIONS = [
+    spectra.eigsh,
+    spectra.trace,
+    spectra.norm,
+    spectra.spectral_density,
+    spectra.analyze,
+    spectra.spectral_sum,
+    spectra.logdet,
+    spectra.effective_dimension,
+    spectra.participation_ratio,
+    spectra.effective_rank,
+]
 
 
 def modules():
@@ -92,7 +103,7 @@ def test_the_operator_comes_first_and_options_have_names(function):
     parameters = list(inspect.signature(function).parameters.values())
     assert parameters[0].name == "H"
     positional = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-    assert positional in (["H"], ["H", "k"], ["H", "ord"])
+    assert positional in (["H"], *(["H", name] for name in ("k", "ord", "f", "shift", "c")))
     assert inspect.signature(function).parameters["seed"].default == 0
     assert inspect.signature(function).parameters["progress"].default is None
 

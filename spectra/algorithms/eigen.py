@@ -28,7 +28,7 @@ from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.results import Result, versions
 
-__all__ = ["Eigenpairs", "Which", "eigsh"]
+__all__ = ["Eigenpairs", "Which", "check_eigsh_arguments", "eigsh"]
 
 _NAMES = {
     "LM": "largest in magnitude",
@@ -260,7 +260,7 @@ def eigsh(
     """
     operator = as_operator(H)
     space = operator.space
-    _check_arguments(space.n, k, which, above, tol)
+    check_eigsh_arguments(space.n, k, which, above, tol)
     count = min(_DEFAULT_COUNT, space.n) if k is None and above is None else k
     target = Target(which, count, above)
     budget = 20 * target.expected + 200 if max_matvecs is None else max_matvecs
@@ -398,7 +398,10 @@ def _capacity(space: VectorSpace, k: int, ncv: int | None, memory_budget: int | 
     return min(space.n, max(min(usual, space.affordable() - 3), k + 2 + CERTIFICATE_STEPS))
 
 
-def _check_arguments(n: int, k: int | None, which: str, above: float | None, tol: float) -> None:
+def check_eigsh_arguments(
+    n: int, k: int | None, which: str, above: float | None, tol: float
+) -> None:
+    """Refuse what `eigsh` cannot answer, before any product."""
     if k is not None:
         if isinstance(k, bool) or not isinstance(k, int | np.integer):
             msg = f"k={k!r}; expected an integer number of eigenpairs"

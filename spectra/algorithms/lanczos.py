@@ -13,8 +13,10 @@ symmetric eigenvalue problems".
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from torch import Tensor
 from spectra.algorithms import probes
 from spectra.algorithms.noise import Noise
 from spectra.operators.base import SymmetricOperator
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Krylov", "RitzPairs", "upper_bound"]
 
@@ -144,6 +149,19 @@ class Krylov:
             self._rows[self.size] = self._fresh_direction()
         else:
             self._rows[self.size] = vector.div_(norm)
+
+    def extended(self, operator: SymmetricOperator, capacity: int) -> Self:
+        """A copy with room for `capacity` vectors that goes on with `operator`."""
+        copied = copy.copy(self)
+        copied.noise = copy.copy(self.noise)
+        copied._operator = operator
+        copied.capacity = min(capacity, self.dimension)
+        copied._rows = self.space.empty(min(copied.capacity + 1, self.dimension))
+        copied._rows[: len(self._rows)] = self._rows
+        copied.projection = np.zeros((copied.capacity, copied.capacity))
+        known = slice(self.size)
+        copied.projection[known, known] = self.projection[known, known]
+        return copied
 
     def ritz(self) -> RitzPairs:
         """Eigenpairs of the projection, at the cost of a small dense eigenproblem."""

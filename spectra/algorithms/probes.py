@@ -1,4 +1,4 @@
-"""Which random vectors, and what do products with them say about the trace and the norm?
+"""Which random vectors, and how many of them?
 
 Randomness comes from one explicitly seeded generator per call, drawn on the CPU, so that the same
 seed gives the same vectors on every device; the global random state is neither read nor written.
@@ -7,23 +7,33 @@ seed gives the same vectors on every device; the global random state is neither 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from scipy import special
 from torch import Tensor
 
-from spectra.algorithms.estimate import check_confidence
+from spectra.algorithms.moments import (
+    KnownPart,
+    Moment,
+    Moments,
+    Nothing,
+    Samples,
+    Stop,
+    check_tolerances,
+)
+from spectra.algorithms.noise import Noise
 from spectra.algorithms.progress import progress_bar
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator
 
 __all__ = [
+    "MIN_PROBES",
+    "SMALL",
     "Deflation",
     "Moments",
+    "Run",
     "check_tolerances",
     "gaussian",
     "remove",
@@ -32,12 +42,10 @@ __all__ = [
     "sphere",
 ]
 
-Moment = Literal["trace", "square"]
-
 # Fewer probes tell nothing about their own spread.
-_MIN_PROBES = 5
+MIN_PROBES = 5
 # Up to this n, products with all unit vectors are cheaper than any estimate.
-_SMALL = 32
+SMALL = 32
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -90,6 +98,8 @@ class Deflation:
         (r, n) orthonormal rows.
     values
         (r,) float64 their Rayleigh quotients.
+    trace
+        The sum of those.
     square
         What they contribute to the squared Frobenius norm, their residuals included.
     """
@@ -115,57 +125,102 @@ class Deflation:
                 f"{defect:.2g}"
             )
             raise ArgumentError(msg)
+        self._space = space
         self.values = np.asarray(pairs.values, dtype=np.float64)
+        self.trace = float(self.values.sum())
         # H q = λ q + r puts r both above and below the diagonal of the deflated block.
         self.square = float((self.values**2).sum() + 2 * (np.asarray(pairs.residuals) ** 2).sum())
 
     def __len__(self) -> int:
         return len(self.values)
 
+    def take_from(self, vector: Tensor, product: Tensor) -> None:
+        """Take the pairs out of the product with a `vector` that has no part in them, in place."""
+        remove(self._space, product, self.basis)
 
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Unbiased estimates of the trace and of the squared Frobenius norm, one of each per probe.
 
-    Attributes
-    ----------
-    traces, squares
-        (s,) per probe, what is known of deflated eigenpairs included.
-    exact
-        The samples are not random: they are the exact moments.
-    matvecs
-        Products spent.
-    """
+class Run:
+    """One computation: its operator, its random stream, its stop, and what it has spent."""
 
-    traces: np.ndarray
-    squares: np.ndarray
-    exact: bool
-    matvecs: int
+    def __init__(self, operator: SymmetricOperator, stop: Stop, seed: int, bar: Any) -> None:
+        self.operator = operator
+        self.space = operator.space
+        self.stop = stop
+        self.generator = seeded(seed)
+        self.spent = 0
+        self.noise = Noise(self.space.n)
+        """How unsymmetric the products are, from each probe and the one before."""
+        self._bar = bar
 
-    def half_width(self, want: Moment, confidence: float) -> float:
-        """Half-width of Student's interval for the mean of the samples."""
-        samples = self.traces if want == "trace" else self.squares
-        if self.exact:
-            return 0.0
-        if len(samples) < 2:
-            return math.inf
-        quantile = float(special.stdtrit(len(samples) - 1, 0.5 + confidence / 2))
-        return quantile * float(samples.std(ddof=1)) / math.sqrt(len(samples))
+    @property
+    def left(self) -> int:
+        """Products that the budget still holds."""
+        return self.stop.max_matvecs - self.spent
 
-    def target(self, want: Moment, rtol: float, atol: float | None) -> float:
-        """The half-width that the tolerances ask for.
+    @property
+    def small(self) -> bool:
+        """All unit vectors cost hardly more than the fewest probes."""
+        return self.space.n <= min(SMALL, self.stop.max_matvecs)
 
-        Without `atol`, the scale of the relative tolerance of a trace is at least ‖H‖_F, or one
-        that is zero by cancellation could never be reached.
-        """
-        square = float(self.squares.mean())
-        if want == "square":
-            # A relative error of the norm is half that of its square.
-            return max(2 * rtol * square, 2 * math.sqrt(square) * (atol or 0.0))
-        trace = abs(float(self.traces.mean()))
-        if atol is None:
-            return rtol * max(trace, math.sqrt(square))
-        return max(rtol * trace, atol)
+    @property
+    def least(self) -> int:
+        """Fewest probes whose error is relied on."""
+        return min(MIN_PROBES, self.stop.max_matvecs)
+
+    def count(self, products: int = 1) -> None:
+        """Products were computed."""
+        self.spent += products
+        self._bar.update(products)
+
+    def apply(self, vector: Tensor) -> Tensor:
+        """One product, counted."""
+        product = self.operator.apply(vector)
+        self.count()
+        return product
+
+    def probe(self, orthogonal_to: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A random vector z with ‖z‖² the dimension of where it lies, and Hz."""
+        dimension = self.space.n - (0 if orthogonal_to is None else len(orthogonal_to))
+        vector = sphere(self.space, self.generator, orthogonal_to).mul_(math.sqrt(dimension))
+        product = self.apply(vector)
+        self.noise.watch(self.space, vector, product)
+        return vector, product
+
+    def sample(
+        self, samples: Samples, known: KnownPart, orthogonal_to: Tensor | None = None
+    ) -> Moments:
+        """Probe until the tolerance is met, or n unit vectors are cheaper, or nothing is left."""
+        while self.left > 0:
+            if len(samples) >= self.least:
+                come = self.stop.probes_to_come(samples.moments(self.spent, self.noise.relative))
+                if come == 0:
+                    break
+                if come > self.space.n <= self.left:
+                    return self.exactly()
+            samples.add(known, *self.probe(orthogonal_to))
+        return samples.moments(self.spent, self.noise.relative)
+
+    def exactly(self) -> Moments:
+        """Trace and squared Frobenius norm from the n products with unit vectors."""
+        space = self.space
+        trace = square = 0.0
+        for i in range(space.n):
+            unit = space.zeros()
+            unit[i] = 1.0
+            column = self.apply(unit)
+            trace += float(column[i])
+            square += space.norm(column) ** 2
+        return self.known(trace, square)
+
+    def known(self, trace: float, square: float) -> Moments:
+        """Moments without a sampling error."""
+        return Moments(
+            np.array([trace]),
+            np.array([square]),
+            exact=True,
+            matvecs=self.spent,
+            noise=self.noise.relative,
+        )
 
 
 def sample_moments(
@@ -194,63 +249,14 @@ def sample_moments(
     begun
         Samples of earlier, independent probes to go on from; `max_matvecs` counts the new ones.
     """
-    check_tolerances(rtol, atol, confidence, max_matvecs)
-    space = operator.space
-    generator = seeded(seed)
-    known_trace = 0.0 if deflation is None else float(deflation.values.sum())
-    known_square = 0.0 if deflation is None else deflation.square
-    dimension = space.n - (0 if deflation is None else len(deflation))
-    if dimension == 0:
-        return Moments(np.array([known_trace]), np.array([known_square]), exact=True, matvecs=0)
-    traces: list[float] = [] if begun is None else list(begun.traces)
-    squares: list[float] = [] if begun is None else list(begun.squares)
-    spent = 0
+    stop = Stop(want, rtol, atol, confidence, max_matvecs)
     with progress_bar(want, max_matvecs, progress) as bar:
-        if deflation is None and begun is None and space.n <= min(_SMALL, max_matvecs):
-            return _exact_moments(operator, spent, bar)
-        while spent < max_matvecs:
-            moments = Moments(np.array(traces), np.array(squares), exact=False, matvecs=spent)
-            if len(traces) >= min(_MIN_PROBES, max_matvecs):
-                reached = moments.half_width(want, confidence)
-                target = moments.target(want, rtol, atol)
-                if reached <= target:
-                    return moments
-                # The half-width falls with the square root of the number of probes.
-                needed = len(traces) * (reached / target) ** 2 if target > 0 else math.inf
-                if needed - len(traces) > space.n <= max_matvecs - spent:
-                    return _exact_moments(operator, spent, bar)
-            basis = None if deflation is None else deflation.basis
-            probe = sphere(space, generator, basis).mul_(math.sqrt(dimension))
-            product = operator.apply(probe)
-            spent += 1
-            if basis is not None:
-                remove(space, product, basis)
-            traces.append(known_trace + space.inner(probe, product))
-            squares.append(known_square + space.norm(product) ** 2)
-            bar.update()
-    return Moments(np.array(traces), np.array(squares), exact=False, matvecs=spent)
-
-
-def _exact_moments(operator: SymmetricOperator, spent: int, bar: Any) -> Moments:
-    """Trace and squared Frobenius norm from the n products with unit vectors."""
-    space = operator.space
-    trace = square = 0.0
-    for i in range(space.n):
-        unit = space.zeros()
-        unit[i] = 1.0
-        column = operator.apply(unit)
-        trace += float(column[i])
-        square += space.norm(column) ** 2
-        bar.update()
-    return Moments(np.array([trace]), np.array([square]), exact=True, matvecs=spent + space.n)
-
-
-def check_tolerances(rtol: float, atol: float | None, confidence: float, max_matvecs: int) -> None:
-    """Refuse tolerances that mean nothing and budgets that tell no error."""
-    if not (rtol >= 0 and (atol is None or atol >= 0)) or (rtol == 0 and not atol):
-        msg = f"rtol={rtol}, atol={atol}; expected tolerances >= 0, at least one of them > 0"
-        raise ArgumentError(msg)
-    check_confidence(confidence)
-    if max_matvecs < 2:
-        msg = f"max_matvecs={max_matvecs}; an error estimate needs at least 2 probes"
-        raise ArgumentError(msg)
+        run = Run(operator, stop, seed, bar)
+        if deflation is not None and len(deflation) == run.space.n:
+            return run.known(deflation.trace, deflation.square)
+        if deflation is None and begun is None and run.small:
+            return run.exactly()
+        samples = Samples(run.space, begun)
+        if deflation is None:
+            return run.sample(samples, Nothing())
+        return run.sample(samples, deflation, deflation.basis)

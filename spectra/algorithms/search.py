@@ -338,8 +338,9 @@ class Search:
             reach = known.values[others] - known.residuals[others]
             self.below = float(reach.min(initial=bound))
         slack = self.thresholds(np.array([high, low]))
-        self.certified = (self.above is None or self.above <= high + slack[0]) and (
-            self.below is None or self.below >= low - slack[1]
+        self.certified = bool(
+            (self.above is None or self.above <= high + slack[0])
+            and (self.below is None or self.below >= low - slack[1])
         )
         return bool(values[-1] > high + slack[0] or values[0] < low - slack[1])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,15 +10,30 @@ import numpy as np
 
 from spectra.algorithms import probes as random_probes
 from spectra.algorithms.density import SpectralDensity, check_counts, spectral_density
-from spectra.algorithms.eigen import Eigenpairs, Which, eigsh
+from spectra.algorithms.eigen import Eigenpairs, Which, check_eigsh_arguments, eigsh
 from spectra.algorithms.estimate import Estimate
+from spectra.algorithms.functions import (
+    effective_rank,
+    participation_ratio,
+    spectral_sum,
+)
+from spectra.algorithms.moments import Moments, check_tolerances
 from spectra.algorithms.norms import frobenius_estimate, norm
+from spectra.algorithms.summation import spectral_interval
 from spectra.algorithms.trace import trace_estimate
+from spectra.analysis.budget import Budget, Ledger
+from spectra.errors import ArgumentError
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.operators.hessian import HessianOperator
 from spectra.results import Result, versions
 
 __all__ = ["Analysis", "analyze"]
+
+# Of a budget: what the eigenpairs may take, single probes that are kept for the trace, and the
+# fewest Lanczos steps of a probe that make a density.
+_SHARE_OF_EIGENPAIRS = 0.6
+_KEPT_FOR_TRACE = 8
+_LEAST_STEPS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +52,8 @@ class Analysis(Result):
         L(θ) and ‖∇L(θ)‖, where the operator is a Hessian.
     matvecs, seconds
         Spent on each part, by name.
+    notes
+        What the budget did not allow.
     """
 
     eigenpairs: Eigenpairs
@@ -49,6 +65,37 @@ class Analysis(Result):
     gradient_norm: float | None = None
     matvecs: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def noise(self) -> float:
+        """Relative error of a product, as the eigenpairs' search measured it."""
+        return self.eigenpairs.noise
+
+    @property
+    def floor(self) -> float:
+        """Noise times ‖H‖: digits of eigenvalues below it mean nothing."""
+        return self.eigenpairs.floor
+
+    @functools.cached_property
+    def sums(self) -> dict[str, Estimate]:
+        """Sums over all eigenvalues by name, from the density's nodes: no further product.
+
+        Counts below, within and above the resolution at zero, nuclear norm, effective rank and
+        participation ratio; empty without a density of two steps or more.
+        """
+        if self.density is None or self.density.steps == 1:
+            return {}
+        counts = self.density.counts()
+        nuclear = spectral_sum(self.density, np.abs)
+        return {
+            "negative eigenvalues": counts[0],
+            "eigenvalues near zero": counts[1],
+            "positive eigenvalues": counts[2],
+            "nuclear norm": replace(nuclear, quantity="nuclear norm"),
+            "effective rank": effective_rank(self.density),
+            "participation ratio": participation_ratio(self.density),
+        }
 
     @property
     def total_matvecs(self) -> int:
@@ -71,6 +118,9 @@ class Analysis(Result):
             for part in (self.spectral_norm, self.trace, self.frobenius_norm, self.density)
             if part is not None
         ]
+        if self.sums:
+            parts.append("\n".join(_brief(estimate) for estimate in self.sums.values()))
+        parts += [f"note: {note}" for note in self.notes]
         spent = ", ".join(f"{name} {count}" for name, count in self.matvecs.items())
         parts.append(
             f"{self.total_matvecs} matvecs in {sum(self.seconds.values()):.1f} s ({spent})"
@@ -84,21 +134,23 @@ def analyze(
     *,
     which: Which = "LM",
     tol: float = 1e-3,
-    rtol: float = 0.02,
-    steps: int = 40,
+    rtol: float = 0.01,
+    steps: int = 20,
     probes: int = 3,
     trace: bool = True,
     density: bool = True,
+    budget: Budget = None,
     ncv: int | None = None,
     max_matvecs: int = 200,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Analysis:
-    """Eigenpairs, norms, trace and density of a symmetric operator or matrix.
+    """Eigenpairs, norms, trace, density and spectral sums of a symmetric operator or matrix.
 
-    The eigenpairs come first. They are deflated from the quadrature, whose nodes give the density
-    and the first samples of the trace and the Frobenius norm; single probes follow until those are
-    within `rtol`.
+    One run in which nothing is multiplied twice. The eigenpairs come first. They are deflated from
+    the quadrature, whose nodes give the density, counts and spectral sums, and the first samples of
+    the trace and the Frobenius norm; single probes follow until those are within `rtol`. It stops
+    when every tolerance is met, or when the budget is spent.
 
     Parameters
     ----------
@@ -112,6 +164,10 @@ def analyze(
         Of the density, as for `spectral_density`.
     trace, density
         Whether to compute these (the Frobenius norm comes with the trace).
+    budget
+        Most matvecs (100), or a time ("90s", "10min", "2h"), of the whole run. The eigenpairs take
+        at most 60 % of it, the density gets fewer steps where it is short. A time is turned into
+        products by their measured speed, and kept to within a few of them.
     max_matvecs
         Most single probes for trace and Frobenius norm together.
     seed
@@ -122,42 +178,21 @@ def analyze(
     Returns
     -------
     Analysis
+        `matvecs` and `seconds` say what each part took, `notes` what the budget did not allow.
 
     Raises
     ------
     ArgumentError
-        As `eigsh`, `spectral_density` and `trace` do.
+        As `eigsh`, `spectral_density` and `trace` do; a budget too small for k eigenpairs.
     """
     operator = as_operator(H)
     # All that later parts would refuse is refused now, before a product; eigsh comes first.
     random_probes.seeded(seed)
-    random_probes.check_tolerances(rtol, None, 0.95, max_matvecs)
+    check_tolerances(rtol, None, 0.95, max_matvecs)
     check_counts(steps, probes)
     # Independent streams for the parts: probes must not repeat the start vector's numbers.
     streams = np.random.SeedSequence(int(seed)).generate_state(3)
-    run = _Run(operator)
-    pairs = run.timed(
-        "eigenpairs",
-        lambda: eigsh(operator, k, which=which, tol=tol, ncv=ncv, seed=seed, progress=progress),
-    )
-    value, gradient_norm = run.timed("gradient", lambda: _value_and_gradient_norm(operator))
-    spectral = run.timed(
-        "spectral norm", lambda: _spectral_norm(operator, pairs, seed=seed, progress=progress)
-    )
-    measure = None
-    if density:
-        measure = run.timed(
-            "density",
-            lambda: spectral_density(
-                operator,
-                steps=steps,
-                probes=probes,
-                deflate=pairs,
-                seed=int(streams[0]),
-                progress=progress,
-            ),
-        )
-    trace_result = frobenius = None
+    ledger = Ledger(operator, budget)
     provenance = {
         "operator": operator.describe(),
         "options": {
@@ -167,13 +202,38 @@ def analyze(
             "rtol": rtol,
             "steps": steps,
             "probes": probes,
+            "budget": budget,
         },
         "seed": seed,
         "versions": versions(),
     }
+    check_eigsh_arguments(operator.space.n, k, which, None, tol)
+    pairs_and_gradient = _eigenpairs(
+        ledger, operator, k, which=which, tol=tol, ncv=ncv, seed=seed, progress=progress
+    )
+    pairs, value, gradient_norm = pairs_and_gradient
+    notes: list[str] = []
+    measure = None
+    if density:
+        measure = _density(
+            ledger,
+            operator,
+            pairs,
+            steps=steps,
+            probes=probes,
+            kept=_KEPT_FOR_TRACE if trace else 0,
+            seed=int(streams[0]),
+            progress=progress,
+        )
+        notes += _density_notes(measure, steps, probes)
+    spectral = ledger.timed(
+        "spectral norm",
+        lambda: _spectral_norm(ledger, operator, pairs, measure, seed=seed, progress=progress),
+    )
+    trace_result = frobenius = None
     if trace:
         trace_result, frobenius = _trace_and_frobenius(
-            run,
+            ledger,
             operator,
             pairs,
             measure,
@@ -183,6 +243,8 @@ def analyze(
             progress=progress,
             provenance=provenance,
         )
+        if trace_result is None:
+            notes.append("the budget left no products for trace and Frobenius norm")
     return Analysis(
         eigenpairs=pairs,
         spectral_norm=spectral,
@@ -191,26 +253,82 @@ def analyze(
         density=measure,
         value=value,
         gradient_norm=gradient_norm,
-        matvecs={name: count for name, count in run.matvecs.items() if count},
-        seconds=run.seconds,
+        matvecs={name: count for name, count in ledger.matvecs.items() if count},
+        seconds=ledger.seconds,
+        notes=tuple(notes),
         provenance=provenance,
     )
 
 
-class _Run:
-    """What each part of a run cost."""
+def _brief(estimate: Estimate) -> str:
+    """An estimate in one line."""
+    low, high = estimate.interval()
+    return f"{estimate.quantity} = {estimate.value:.4g}  [{low:.4g}, {high:.4g}]"
 
-    def __init__(self, operator: SymmetricOperator) -> None:
-        self._operator = operator
-        self.matvecs: dict[str, int] = {}
-        self.seconds: dict[str, float] = {}
 
-    def timed(self, name: str, part: Any) -> Any:
-        matvecs, start = self._operator.matvecs, time.perf_counter()
-        result = part()
-        self.matvecs[name] = self._operator.matvecs - matvecs
-        self.seconds[name] = time.perf_counter() - start
-        return result
+def _eigenpairs(
+    ledger: Ledger, operator: SymmetricOperator, k: int, **options: Any
+) -> tuple[Eigenpairs, float | None, float | None]:
+    """The eigenpairs, within their share of the budget, with loss and gradient norm."""
+    first = functools.partial(ledger.timed, "gradient", lambda: _value_and_gradient_norm(operator))
+    if not ledger.limited:
+        # Products have checks that a gradient has not: they come first.
+        pairs = ledger.timed("eigenpairs", lambda: eigsh(operator, k, **options))
+        return (pairs, *first())
+    value, gradient_norm = first()
+    allowed = ledger.left(10**9)
+    share = int(_SHARE_OF_EIGENPAIRS * allowed)
+    if share < 2 * k + 1:
+        msg = (
+            f"the budget holds {allowed} matvecs, of which {k} eigenpairs may take {share}; they "
+            f"need at least {2 * k + 1}: ask for fewer, or allow "
+            f"{int((2 * k + 2) / _SHARE_OF_EIGENPAIRS)} matvecs"
+        )
+        raise ArgumentError(msg)
+    most = min(20 * k + 200, share)
+    pairs = ledger.timed("eigenpairs", lambda: eigsh(operator, k, max_matvecs=most, **options))
+    return pairs, value, gradient_norm
+
+
+def _density(
+    ledger: Ledger,
+    operator: SymmetricOperator,
+    pairs: Eigenpairs,
+    *,
+    steps: int,
+    probes: int,
+    kept: int,
+    seed: int,
+    progress: bool | None,
+) -> SpectralDensity | None:
+    """The quadrature, with fewer steps or probes where the budget is short; None if too short."""
+    steps = min(steps, max(operator.space.n - len(pairs), 1))
+    allowed = ledger.left(steps * probes + kept) - kept
+    if allowed < steps * probes:
+        # Fewer steps first; their loss is resolution, that of a probe is the error estimate.
+        for count in range(probes, 0, -1):
+            if allowed // count >= min(_LEAST_STEPS, steps):
+                probes, steps = count, allowed // count
+                break
+        else:
+            return None
+    return ledger.timed(
+        "density",
+        lambda: spectral_density(
+            operator, steps=steps, probes=probes, deflate=pairs, seed=seed, progress=progress
+        ),
+    )
+
+
+def _density_notes(measure: SpectralDensity | None, steps: int, probes: int) -> list[str]:
+    if measure is None:
+        return ["the budget left no products for the density"]
+    if (measure.steps, measure.probes) != (min(steps, measure.remaining), probes):
+        return [
+            f"the budget left {measure.probes} x {measure.steps} steps for the density, "
+            f"{probes} x {steps} were asked for"
+        ]
+    return []
 
 
 def _value_and_gradient_norm(operator: SymmetricOperator) -> tuple[float | None, float | None]:
@@ -221,13 +339,30 @@ def _value_and_gradient_norm(operator: SymmetricOperator) -> tuple[float | None,
 
 
 def _spectral_norm(
-    operator: SymmetricOperator, pairs: Eigenpairs, *, seed: int, progress: bool | None
+    ledger: Ledger,
+    operator: SymmetricOperator,
+    pairs: Eigenpairs,
+    measure: SpectralDensity | None,
+    *,
+    seed: int,
+    progress: bool | None,
 ) -> Estimate:
-    """‖H‖ from the eigenpairs where both ends were searched, by power iteration otherwise."""
-    ends = (pairs.no_eigenvalue_above, pairs.no_eigenvalue_below)
+    """‖H‖ from what is known of both ends, by Lanczos where only one was searched."""
+    ends = [pairs.no_eigenvalue_above, pairs.no_eigenvalue_below]
     complete = len(pairs) == operator.space.n
     if pairs.which in {"LA", "SA"} and not complete:
-        return norm(operator, 2, seed=seed, progress=progress)
+        allowed = ledger.left(300)
+        if measure is None and allowed >= 2:
+            return norm(
+                operator,
+                2,
+                method="lanczos",
+                max_matvecs=allowed,
+                seed=seed,
+                progress=progress,
+            )
+        if measure is not None:
+            return _norm_from_density(pairs, measure)
     place = int(np.argmax(np.abs(pairs.values)))
     value, residual = float(np.abs(pairs.values[place])), float(pairs.residuals[place])
     residual += 4 * operator.space.eps * value
@@ -246,8 +381,24 @@ def _spectral_norm(
     )
 
 
+def _norm_from_density(pairs: Eigenpairs, measure: SpectralDensity) -> Estimate:
+    """‖H‖ between the largest node and the bounds that the quadrature's runs contain."""
+    value = max(map(abs, measure.support))
+    low, high = spectral_interval(measure, pairs.certificate_confidence)
+    return Estimate(
+        quantity="spectral norm",
+        value=value,
+        standard_error=float("nan"),
+        bounds=(value * (1 - 1e-12), max(abs(low), abs(high), value)),
+        bounds_confidence=pairs.certificate_confidence,
+        converged=max(abs(low), abs(high)) <= (1 + pairs.tol) * value,
+        method="Lanczos, with the density",
+        provenance=pairs.provenance,
+    )
+
+
 def _trace_and_frobenius(
-    run: _Run,
+    ledger: Ledger,
     operator: SymmetricOperator,
     pairs: Eigenpairs,
     density: SpectralDensity | None,
@@ -257,8 +408,12 @@ def _trace_and_frobenius(
     seeds: tuple[int, int],
     progress: bool | None,
     provenance: dict[str, Any],
-) -> tuple[Estimate, Estimate]:
+) -> tuple[Estimate | None, Estimate | None]:
     """Both from the same probes, as many as the trace needs and then as the norm still needs."""
+    allowed = ledger.left(max_matvecs)
+    begun = _begun(density, random_probes.Deflation(operator, pairs))
+    if allowed < 2 and begun is None:
+        return None, None
     deflation = random_probes.Deflation(operator, pairs)
     sample = functools.partial(
         random_probes.sample_moments,
@@ -269,26 +424,24 @@ def _trace_and_frobenius(
         confidence=0.95,
         progress=progress,
     )
-    moments = run.timed(
-        "trace",
-        lambda: sample(
-            want="trace",
-            max_matvecs=max_matvecs,
-            seed=seeds[0],
-            begun=_begun(density, deflation),
-        ),
-    )
+    moments = begun
+    if allowed >= 2:
+        moments = ledger.timed(
+            "trace",
+            lambda: sample(want="trace", max_matvecs=allowed, seed=seeds[0], begun=begun),
+        )
+    assert moments is not None
     trace = trace_estimate(
         moments, deflation, rtol=rtol, atol=None, confidence=0.95, provenance=provenance
     )
-    left = max_matvecs - moments.matvecs
+    left = allowed - moments.matvecs
     if not moments.exact and left >= 2:
-        begun = moments
-        more = run.timed(
+        before = moments
+        more = ledger.timed(
             "Frobenius norm",
-            lambda: sample(want="square", max_matvecs=left, seed=seeds[1], begun=begun),
+            lambda: sample(want="square", max_matvecs=left, seed=seeds[1], begun=before),
         )
-        moments = replace(more, matvecs=begun.matvecs + more.matvecs)
+        moments = replace(more, matvecs=before.matvecs + more.matvecs)
     frobenius = frobenius_estimate(
         moments, deflation, rtol=rtol, confidence=0.95, provenance=provenance
     )
@@ -298,13 +451,15 @@ def _trace_and_frobenius(
     return trace, frobenius
 
 
-def _begun(
-    density: SpectralDensity | None, deflation: random_probes.Deflation
-) -> random_probes.Moments | None:
+def _begun(density: SpectralDensity | None, deflation: random_probes.Deflation) -> Moments | None:
     """Samples of trace and square that the quadrature contains: its first two moments."""
     if density is None or density.steps < 2:
         # A rule of one node is exact to degree 1: it knows the trace, but not the square.
         return None
-    squares = density.n * (density.weights * density.nodes**2).sum(axis=1) + deflation.square
+    nodes, weights = density.nodes, density.n * density.weights
+    squares = (weights * nodes**2).sum(axis=1) + deflation.square
     traces = density.moment_samples(1)
-    return random_probes.Moments(traces, squares, exact=False, matvecs=0)
+    # Twice ‖Hz − (zᵀHz / ‖z‖²) z‖², as every probe tells the variance of its own sample.
+    centres = (weights * nodes).sum(axis=1, keepdims=True) / weights.sum(axis=1, keepdims=True)
+    variances = 2 * (weights * (nodes - centres) ** 2).sum(axis=1)
+    return Moments(traces, squares, exact=False, matvecs=0, variances=variances)

@@ -179,6 +179,8 @@ def summarize(
         "trace": _estimate(analysis.trace),
         "frobenius_norm": _estimate(analysis.frobenius_norm),
         "density": _density(analysis.density),
+        "sums": {name: _estimate(estimate) for name, estimate in analysis.sums.items()},
+        "notes": list(analysis.notes),
         "matvecs": {"total": analysis.total_matvecs, **analysis.matvecs},
         "seconds": {"total": sum(analysis.seconds.values()), **analysis.seconds},
         "options": provenance.get("options"),
@@ -199,6 +201,9 @@ def _eigenpairs(pairs: Eigenpairs) -> dict[str, Any]:
         "no_eigenvalue_above": pairs.no_eigenvalue_above,
         "no_eigenvalue_below": pairs.no_eigenvalue_below,
         "certificate_confidence": pairs.certificate_confidence,
+        "certified": pairs.certified,
+        "noise": pairs.noise,
+        "floor": pairs.floor,
         "vectors_saved": pairs.vectors.shape[1] == len(pairs),
         "matvecs": pairs.matvecs,
         "notes": list(pairs.notes),
@@ -219,6 +224,8 @@ def _estimate(estimate: Estimate | None) -> dict[str, Any] | None:
         "method": estimate.method,
         "probes": len(estimate.samples),
         "matvecs": estimate.matvecs,
+        "noise": estimate.noise,
+        "floor": estimate.floor,
         "notes": list(estimate.notes),
     }
 
@@ -235,6 +242,8 @@ def _density(density: SpectralDensity | None) -> dict[str, Any] | None:
         "steps": density.steps,
         "atoms": len(density.atoms),
         "matvecs": density.matvecs,
+        "noise": density.noise,
+        "floor": density.floor,
         "notes": list(density.notes),
     }
 

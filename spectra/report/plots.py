@@ -22,7 +22,7 @@ from matplotlib.ticker import (
     NullLocator,
     ScalarFormatter,
 )
-from scipy import special, stats
+from scipy import stats
 
 from spectra.algorithms.density import SpectralDensity
 from spectra.algorithms.eigen import Eigenpairs
@@ -392,11 +392,14 @@ class _Curve:
         (bins + 1,) and (bins,), in λ.
     samples
         (probes, bins).
+    widths
+        Of the narrowest and of the widest Gaussian.
     """
 
     edges: np.ndarray
     centres: np.ndarray
     samples: np.ndarray
+    widths: tuple[float, float]
 
     @property
     def mean(self) -> np.ndarray:
@@ -417,15 +420,14 @@ def _curve(density: SpectralDensity, width: float | None, x0: float, scale: str)
         return None
     widths = density.widths if width is None else np.full_like(density.nodes, width)
     edges = _bin_edges(density, widths, x0, scale)
-    shares = np.zeros((density.probes, len(edges) - 1))
-    for i, (nodes, weights) in enumerate(zip(density.nodes, density.weights, strict=True)):
-        live = weights > 0
-        below = special.ndtr((edges - nodes[live, None]) / widths[i, live, None])
-        shares[i] = weights[live] @ np.diff(below, axis=1)
+    shares = density.histogram(edges, width)
+    used = widths[density.weights > 0]
+    ends = (float(used.min()), float(used.max()))
     if scale == "linear":
-        return _Curve(edges, (edges[1:] + edges[:-1]) / 2, shares / np.diff(edges))
+        return _Curve(edges, (edges[1:] + edges[:-1]) / 2, shares / np.diff(edges), ends)
     places = np.arcsinh(edges / x0)
-    return _Curve(edges, x0 * np.sinh((places[1:] + places[:-1]) / 2), shares / np.diff(places))
+    centres = x0 * np.sinh((places[1:] + places[:-1]) / 2)
+    return _Curve(edges, centres, shares / np.diff(places), ends)
 
 
 def _bin_edges(density: SpectralDensity, widths: np.ndarray, x0: float, scale: str) -> np.ndarray:
@@ -466,7 +468,10 @@ def _draw_curve(ax: Axes, curve: _Curve, confidence: float, floor: float) -> Non
             linewidth=0,
             label=f"{100 * confidence:g}% band over probes",
         )
-    ax.plot(curve.centres, mean, color=_DENSITY, linewidth=1.3, label="broadened density")
+    narrow, wide = (f"{width:.1g}" for width in curve.widths)
+    width = narrow if narrow == wide else f"{narrow} to {wide}"
+    label = f"broadened density (width {width})"
+    ax.plot(curve.centres, mean, color=_DENSITY, linewidth=1.3, label=label)
 
 
 def _draw_atoms(ax: Axes, density: SpectralDensity, *, fixed: bool) -> None:

@@ -20,9 +20,25 @@ def mean_of(samples, power=1, **options):
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
-def test_the_interval_is_students(confidence):
-    expected = stats.t.interval(confidence, df=5, loc=SAMPLES.mean(), scale=stats.sem(SAMPLES))
+def test_the_interval_is_students_and_wider_the_fewer_the_samples(confidence):
+    scale = (1 + 1.5 / 6) * stats.sem(SAMPLES)
+    expected = stats.t.interval(confidence, df=5, loc=SAMPLES.mean(), scale=scale)
     assert mean_of(SAMPLES).interval(confidence) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_variances_that_are_known_take_the_place_of_the_spread(confidence):
+    variances = np.array([1.0, 4.0, 2.0, 9.0, 1.0, 1.0])
+    expected = stats.t.interval(confidence, df=5, loc=SAMPLES.mean(), scale=(3 / 6) ** 0.5)
+    estimate = mean_of(SAMPLES, variances=variances)
+    assert estimate.interval(confidence) == pytest.approx(expected)
+
+
+def test_samples_that_are_not_independent_widen_the_interval():
+    low, high = mean_of(SAMPLES).interval()
+    wider = mean_of(SAMPLES, widening=1.3).interval()
+    assert wider[1] - wider[0] == pytest.approx(1.3 * (high - low))
+    assert sum(wider) == pytest.approx(low + high)
 
 
 def test_the_interval_of_a_root_is_the_root_of_the_interval():
@@ -73,11 +89,12 @@ def test_a_confidence_that_is_no_probability_is_refused(confidence):
 
 
 @pytest.mark.parametrize("power", [1, 2])
-def test_the_convergence_curve_is_the_estimate_after_every_probe(power):
-    values, low, high = mean_of(SAMPLES, power=power).running(0.9)
+@pytest.mark.parametrize("variances", [np.zeros(0), np.arange(6.0)])
+def test_the_convergence_curve_is_the_estimate_after_every_probe(power, variances):
+    values, low, high = mean_of(SAMPLES, power=power, variances=variances).running(0.9)
     assert len(values) == len(low) == len(high) == len(SAMPLES) - 1
     for i, count in enumerate(range(2, len(SAMPLES) + 1)):
-        early = mean_of(SAMPLES[:count], power=power)
+        early = mean_of(SAMPLES[:count], power=power, variances=variances[:count])
         assert values[i] == pytest.approx(early.value)
         assert (low[i], high[i]) == pytest.approx(early.interval(0.9))
 

@@ -7,6 +7,7 @@ import torch
 import spectra
 from spectra.errors import ArgumentError, NonFiniteError
 from tests.cases.matrices import (
+    Noisy,
     Poisoned,
     Rotated,
     dense,
@@ -167,6 +168,146 @@ def test_the_same_seed_gives_the_same_norm_to_the_last_bit(ord):
     assert spectra.norm(h, ord, max_matvecs=9, seed=3).value != first.value
 
 
+# --- spectral norm by Lanczos -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [s1(300), -s1(300), s2(300), s4(300), semicircle(300), NEARLY_PAIRED],
+    ids=["s1", "minus s1", "s2", "s4", "semicircle", "nearly paired"],
+)
+def test_lanczos_puts_the_norm_between_close_bounds(values):
+    h = operator(Rotated(values))
+    truth = np.abs(values).max()
+    above = 0
+    for seed in range(100):
+        estimate = spectra.norm(h, method="lanczos", rtol=0.02, seed=seed)
+        low, high = estimate.bounds
+        assert estimate.converged
+        assert low <= estimate.value <= high <= 1.021 * estimate.value
+        assert estimate.value <= truth * (1 + 1e-12)
+        above += truth <= high
+    assert above >= 97
+
+
+def test_lanczos_takes_far_fewer_products_than_power_iteration():
+    h = operator(Rotated(semicircle(1000)))
+    lanczos = spectra.norm(h, method="lanczos")
+    before = h.matvecs
+    power = spectra.norm(h)
+    assert power.matvecs == h.matvecs - before
+    assert lanczos.matvecs < power.matvecs / 2
+    # And its bounds are closer.
+    assert np.ptp(lanczos.bounds) < np.ptp(power.bounds) / 10
+
+
+def test_the_bounds_of_lanczos_close_in_and_say_so_when_the_budget_ends():
+    h = operator(Rotated(semicircle(300)))
+    estimates = [
+        spectra.norm(h, method="lanczos", max_matvecs=m, rtol=1e-9) for m in (2, 10, 30, 90)
+    ]
+    assert (np.diff([e.value for e in estimates]) >= -1e-12).all()
+    assert (np.diff([e.bounds[1] for e in estimates]) <= 1e-12).all()
+    assert not estimates[0].converged
+    assert any("after 2 products, 1e-09 was asked for" in note for note in estimates[0].notes)
+
+
+@pytest.mark.parametrize("n", [1, 2, 50])
+@pytest.mark.parametrize("value", [0.0, -2.5])
+def test_one_lanczos_step_knows_a_multiple_of_the_identity(n, value):
+    estimate = spectra.norm(value * np.eye(n), method="lanczos")
+    assert estimate.value == pytest.approx(abs(value))
+    assert estimate.interval() == pytest.approx((abs(value), abs(value)))
+    assert estimate.converged
+    assert estimate.matvecs == 1
+
+
+def test_lanczos_tells_the_noise_of_the_products():
+    estimate = spectra.norm(Noisy(s1(300), 1e-2), method="lanczos")
+    assert any("differ from those of one symmetric matrix" in note for note in estimate.notes)
+    assert estimate.value == pytest.approx(100, rel=0.02)
+
+
+# --- nuclear and Schatten norms ---------------------------------------------------------------
+
+SUMS = [("nuc", None), ("schatten", 1.5), ("schatten", 3), ("schatten", 4)]
+
+
+def schatten(values, p):
+    return (np.abs(values) ** (p or 1)).sum() ** (1 / (p or 1))
+
+
+@pytest.mark.parametrize(("ord", "p"), SUMS)
+@pytest.mark.parametrize("make", [s1, s4, semicircle], ids=lambda make: make.__name__)
+def test_the_bounds_of_a_schatten_norm_cover(make, ord, p):
+    values = make(400)
+    h = operator(Rotated(values))
+    pairs = None if make is semicircle else spectra.eigsh(h, 20, which="LM")
+    truth, covered = schatten(values, p), 0
+    for seed in range(20):
+        estimate = spectra.norm(h, ord, p=p, deflate=pairs, seed=seed)
+        low, high = estimate.interval()
+        assert low <= estimate.value <= high
+        assert estimate.value == pytest.approx(truth, rel=0.1)
+        if estimate.converged:
+            assert (high - low) / 2 <= 0.05 * estimate.value
+        covered += low <= truth <= high
+    assert covered >= 18
+
+
+def test_the_nuclear_norm_of_a_saddle_is_not_its_trace():
+    values = s4(1000)
+    h = operator(Rotated(values))
+    pairs = spectra.eigsh(h, 20, which="LM")
+    before = h.matvecs
+    estimate = spectra.norm(h, "nuc", deflate=pairs)
+    assert estimate.value == pytest.approx(np.abs(values).sum(), rel=0.02)
+    assert estimate.matvecs == h.matvecs - before == 100
+    assert "nuclear norm = " in str(estimate)
+
+
+def test_even_powers_take_few_steps_and_have_no_error_of_quadrature():
+    values = s1(500)
+    h = operator(Rotated(values))
+    pairs = spectra.eigsh(h, 10)
+    estimate = spectra.norm(h, "schatten", p=4, deflate=pairs)
+    assert estimate.matvecs == 15
+    assert "exact to that power" in estimate.method
+    assert estimate.value == pytest.approx(schatten(values, 4), rel=1e-4)
+    # Schatten-2 is the Frobenius norm.
+    two = spectra.norm(h, "schatten", p=2, deflate=pairs)
+    assert two.value == pytest.approx(np.linalg.norm(values), rel=1e-3)
+
+
+def test_probes_are_added_until_the_tolerance_or_the_budget():
+    h = operator(Rotated(semicircle(400)))
+    loose = spectra.norm(h, "nuc", rtol=0.2)
+    tight = spectra.norm(h, "nuc", rtol=0.05)
+    assert loose.matvecs == 100 < tight.matvecs <= 300
+    assert tight.converged
+    spent = spectra.norm(h, "nuc", rtol=1e-4, max_matvecs=130)
+    assert spent.matvecs == 120
+    assert not spent.converged
+    assert any("after 120 products" in note for note in spent.notes)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_smallest_schatten_norms_are_exact(n):
+    values = np.array([-3.0, 0.5])[:n]
+    for ord, p in SUMS:
+        assert spectra.norm(dense(values), ord, p=p).value == pytest.approx(schatten(values, p))
+    assert spectra.norm(np.zeros((n, n)), "nuc").value == 0.0
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e15])
+def test_scaling_the_matrix_scales_schatten_norms(factor):
+    for ord, p in SUMS:
+        plain = spectra.norm(dense(s1(60)), ord, p=p)
+        scaled = spectra.norm(factor * dense(s1(60)), ord, p=p)
+        assert scaled.value == pytest.approx(factor * plain.value)
+        assert scaled.interval() == pytest.approx(tuple(factor * end for end in plain.interval()))
+
+
 # --- Frobenius norm ---------------------------------------------------------------------------
 
 
@@ -261,8 +402,19 @@ def test_a_product_with_nan_is_named(ord):
 @pytest.mark.parametrize(
     ("ord", "options", "message"),
     [
-        (1, {}, r"ord=1; expected 2 \(spectral norm\) or 'fro'"),
-        ("nuc", {}, r"ord='nuc'; expected 2"),
+        (1, {}, r"ord=1; expected 2 \(spectral norm\), 'fro'"),
+        ("nuc", {"p": 3}, "p=3 for ord='nuc'; ord='schatten' takes a number p >= 1"),
+        ("schatten", {}, "p=None for ord='schatten'; ord='schatten' takes a number p >= 1"),
+        ("schatten", {"p": 0.5}, "p=0.5 for ord='schatten'; ord='schatten' takes a number"),
+        ("schatten", {"p": float("inf")}, "p=inf for ord='schatten'"),
+        ("nuc", {"max_matvecs": 30}, "max_matvecs=30; two probes of 20 steps take 40 products"),
+        ("nuc", {"steps": 0}, "steps=0; expected an integer >= 1"),
+        ("nuc", {"confidence": 2}, "confidence=2; expected a probability between 0 and 1"),
+        ("nuc", {"rtol": 0}, "rtol=0; expected a positive relative tolerance"),
+        ("nuc", {"method": "lanczos"}, "method='lanczos' for ord='nuc'; expected 'power' or"),
+        (2, {"method": "arnoldi"}, "method='arnoldi' for ord=2; expected 'power' or 'lanczos'"),
+        (2, {"steps": 3}, "steps=3 for ord=2; only 'nuc' and 'schatten' have steps"),
+        (2, {"method": "lanczos", "max_matvecs": 1}, "max_matvecs=1; Lanczos needs at least 2"),
         (None, {}, r"ord=None; expected 2"),
         (2, {"rtol": 0}, "rtol=0; expected a positive relative tolerance"),
         (2, {"rtol": -1}, "rtol=-1; expected a positive relative tolerance"),
@@ -283,7 +435,7 @@ def test_wrong_arguments_are_refused_before_any_product(ord, options, message):
 
 
 def test_deflating_the_spectral_norm_is_refused():
-    with pytest.raises(ArgumentError, match="deflate is for ord='fro'"):
+    with pytest.raises(ArgumentError, match="deflate is for the other norms"):
         spectra.norm(np.eye(50), 2, deflate=spectra.eigsh(np.eye(50), 1))
 
 

@@ -60,7 +60,7 @@ def test_the_bar_counts_every_product(monkeypatch):
         bar.update = lambda n=1: (counts.append(n), update(n))[1]
         return bar
 
-    for module in ("eigen", "probes", "norms", "density"):
+    for module in ("eigen", "probes", "spectral_norm", "trace", "density"):
         monkeypatch.setattr(f"spectra.algorithms.{module}.progress_bar", counting)
     for call in CALLS.values():
         counts.clear()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ from tests.cases.matrices import (
     dense,
     operator,
     s1,
+    s1z,
+    s2,
     s3,
     s4,
     s5,
+    semicircle,
     tanh_network,
 )
 
@@ -148,12 +152,102 @@ def test_every_product_is_accounted_for(options):
     assert str(analysis.total_matvecs) in str(analysis).splitlines()[-1]
 
 
-def test_the_defaults_cost_little_more_than_the_density_itself():
-    h = operator(Diagonal(s1(2000)))
-    analysis = spectra.analyze(h)
-    # 17 steps, 5 to search for missed pairs, 10 residuals; 3 x 40; two single probes.
-    assert h.matvecs <= 1.3 * 17 + 15 + 120 + 5
-    assert analysis.matvecs["trace"] <= 5
+@pytest.mark.parametrize("seed", range(5))
+def test_the_defaults_answer_everything_within_a_hundred_products(seed):
+    values = s1(2000)
+    h = operator(Diagonal(values))
+    analysis = spectra.analyze(h, seed=seed)
+    assert h.matvecs <= 100
+    assert analysis.converged
+    assert analysis.eigenpairs.values == pytest.approx(values[:10], rel=1e-5)
+    low, high = analysis.trace.interval()
+    assert (high - low) / 2 <= 0.01 * analysis.trace.value
+    low, high = analysis.frobenius_norm.interval()
+    assert (high - low) / 2 <= 0.02 * analysis.frobenius_norm.value
+    assert distance(analysis.density, values) <= 1e-4 * 100
+
+
+@pytest.mark.parametrize("make", [s1, s1z])
+def test_the_density_is_three_times_as_good_as_plain_quadrature_at_equal_cost(make):
+    values = make(2000)
+    analysis = spectra.analyze(Diagonal(values))
+    plain = spectra.spectral_density(Diagonal(values), steps=33, probes=3)
+    assert distance(analysis.density, values) < distance(plain, values) / 3
+
+
+# --- budget -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [40, 60, 100, "75"])
+def test_a_budget_of_products_is_kept(budget):
+    h = operator(Diagonal(s2(2000)))
+    analysis = spectra.analyze(h, k=5, budget=budget)
+    assert h.matvecs <= int(budget)
+    assert analysis.total_matvecs == h.matvecs
+    assert analysis.matvecs["eigenpairs"] <= 0.6 * int(budget)
+    short = analysis.density is None or analysis.density.steps < 20
+    assert any("density" in note for note in analysis.notes) == short
+
+
+def test_a_budget_that_is_large_enough_changes_nothing():
+    values = s1(300)
+    free, limited = (spectra.analyze(Rotated(values), k=4, budget=b) for b in (None, 10_000))
+    assert limited.total_matvecs == free.total_matvecs
+    assert limited.trace.value == free.trace.value
+    assert limited.notes == ()
+
+
+def test_what_the_budget_left_out_is_said():
+    analysis = spectra.analyze(Rotated(s3(400)), k=3, budget=25)
+    assert analysis.density is None or analysis.density.steps < 20
+    assert any("the budget left" in note for note in analysis.notes)
+    assert "note: the budget left" in str(analysis)
+
+
+def test_a_budget_of_seconds_ends_the_run():
+    class Slow(Diagonal):
+        def _matvec(self, x):
+            time.sleep(0.01)
+            return super()._matvec(x)
+
+    values = semicircle(1000)
+    # Without a budget this takes hundreds of products.
+    analysis = spectra.analyze(Slow(values), k=3, rtol=1e-6, budget="0.6s")
+    assert analysis.matvecs["timing"] == 1
+    assert 10 <= analysis.total_matvecs <= 62
+    assert not analysis.converged
+
+
+@pytest.mark.parametrize("budget", [0, -5, 1.5, "soon", "5 apples", "0s", True, ""])
+def test_a_budget_is_products_or_a_time(budget):
+    with pytest.raises(ArgumentError, match=r"budget=.*; expected a number of matvecs"):
+        spectra.analyze(np.eye(5), k=1, budget=budget)
+
+
+def test_a_budget_too_small_for_the_eigenpairs_is_refused():
+    with pytest.raises(ArgumentError, match="holds 20 matvecs, of which 10 eigenpairs may take 12"):
+        spectra.analyze(Rotated(s1(300)), budget=20)
+
+
+# --- spectral sums ----------------------------------------------------------------------------
+
+
+def test_sums_over_all_eigenvalues_come_with_the_density():
+    values = s1(2000)
+    analysis = spectra.analyze(Diagonal(values))
+    exact = {
+        "nuclear norm": np.abs(values).sum(),
+        "participation ratio": values.sum() ** 2 / (values**2).sum(),
+    }
+    for name, truth in exact.items():
+        assert analysis.sums[name].value == pytest.approx(truth, rel=0.02), name
+        assert f"{name} = " in str(analysis)
+    counts = [analysis.sums[f"{kind} eigenvalues"] for kind in ("negative", "positive")]
+    assert counts[0].interval()[0] <= (values < 0).sum()
+    assert sum(c.value for c in counts) + analysis.sums["eigenvalues near zero"].value == (
+        pytest.approx(2000)
+    )
+    assert spectra.analyze(Diagonal(values), density=False).sums == {}
 
 
 # --- sharing ----------------------------------------------------------------------------------
@@ -219,14 +313,17 @@ def test_the_frobenius_norm_goes_on_where_the_trace_is_already_known():
 # --- options ----------------------------------------------------------------------------------
 
 
-def test_one_end_alone_leaves_the_norm_to_power_iteration():
+@pytest.mark.parametrize("density", [True, False])
+def test_one_end_alone_leaves_the_norm_to_the_other_parts(density):
     values = np.concatenate([[-50.0, 20.0, 10.0, 5.0], np.linspace(-1, 1, 196)])
-    analysis = spectra.analyze(Rotated(values), k=3, which="LA")
+    analysis = spectra.analyze(Rotated(values), k=3, which="LA", density=density)
     assert analysis.eigenpairs.values == pytest.approx([20, 10, 5], rel=1e-5)
-    assert analysis.matvecs["spectral norm"] == analysis.spectral_norm.matvecs > 0
-    assert "power iteration" in analysis.spectral_norm.method
+    assert analysis.matvecs.get("spectral norm", 0) == analysis.spectral_norm.matvecs
+    assert ("with the density" in analysis.spectral_norm.method) == density
+    assert (analysis.spectral_norm.matvecs == 0) == density
     assert analysis.spectral_norm.value == pytest.approx(50, rel=1e-3)
     assert holds(analysis.spectral_norm, 50.0, 0.99)
+    assert analysis.spectral_norm.converged
 
 
 @pytest.mark.parametrize("which", ["LM", "BE"])

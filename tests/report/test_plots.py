@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import matplotlib
 import numpy as np
@@ -228,7 +229,7 @@ def test_the_band_holds_the_curve_and_is_students(ax, density, scale):
 def test_one_probe_has_no_band(ax):
     density = spectra.spectral_density(dense(semicircle(50)), steps=10, probes=1, progress=False)
     plots.plot_density(density, ax)
-    assert legend(ax) == "broadened density"
+    assert re.fullmatch(r"broadened density \(width \S+ to \S+\)", legend(ax))
     assert not any(isinstance(c, PolyCollection) for c in ax.collections)
     assert "1 probe × 10 steps" in title(ax)
 
@@ -389,6 +390,23 @@ def test_a_missed_tolerance_is_said(ax):
     assert not trace.converged
     plots.plot_estimate(trace, ax)
     assert title(ax).endswith("tolerance not reached")
+
+
+def test_counts_and_spectral_sums_show_their_bounds(ax, density):
+    for estimate in (density.counts(0.1).above, spectra.effective_rank(density)):
+        ax.clear()
+        plots.plot_estimate(estimate, ax)
+        low, high = (f"{end:.6g}" for end in estimate.bounds)
+        assert f"95% interval {low} to {high}" in legend(ax)
+        assert ax.get_ylabel() == estimate.quantity
+
+
+@pytest.mark.parametrize("width", [None, 0.05])
+def test_the_width_of_the_curve_is_in_the_legend(ax, density, width):
+    plots.plot_density(density, ax, width=width)
+    used = density.widths[density.weights > 0]
+    wanted = "0.05" if width else f"{used.min():.1g} to {used.max():.1g}"
+    assert f"broadened density (width {wanted})" in legend(ax)
 
 
 def test_an_exact_value_is_one_point(ax):

@@ -1,0 +1,193 @@
+"""How many Hessian-vector products do the answers take, beside peers, on spectra known exactly?
+
+Run `python -m experiments.benchmarks.solvers` from the root of the project; it prints the tables of
+README.md. Products are counted, not timed; the one table of times is of ratios within the run.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+
+import spectra
+from spectra.algorithms.lanczos import Krylov
+from spectra.algorithms.probes import seeded
+from tests.cases.matrices import Diagonal, operator, s1, s1z, s2, s3, s5, semicircle
+
+SPECTRA = {"S1": s1, "S1z": s1z, "S2": s2, "S3": s3, "S5": s5, "semicircle": semicircle}
+SEEDS = range(5)
+
+
+class Counted(LinearOperator):
+    """diag(values) that counts its products, for SciPy."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.count = values, 0
+        super().__init__(np.dtype(np.float64), (len(values), len(values)))
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        self.count += 1
+        return self.values * x.reshape(-1)
+
+
+def start(values: np.ndarray, seed: int) -> np.ndarray:
+    """The same start vector for all."""
+    return np.random.default_rng(seed).normal(size=len(values))
+
+
+def unrestarted(values: np.ndarray, k: int, which: str, tol: float, seed: int) -> int:
+    """Steps of plain Lanczos with full reorthogonalisation, tested at every step."""
+    first = torch.from_numpy(start(values, seed))
+    krylov = Krylov(operator(Diagonal(values)), 1000, seeded(seed), first)
+    while not krylov.full:
+        krylov.step()
+        if krylov.size < k:
+            continue
+        pairs = krylov.ritz()
+        chosen = slice(-k, None) if which == "LA" else slice(k)
+        if (pairs.residuals[chosen] <= tol * np.abs(pairs.values[chosen])).all():
+            break
+    return krylov.size
+
+
+def arpack(  # noqa: PLR0917
+    values: np.ndarray, k: int, which: str, tol: float, ncv: int, seed: int
+) -> tuple[int, bool]:
+    """Products of SciPy's eigsh, whose residuals nobody measured, and whether it was right."""
+    matrix = Counted(values)
+    first = start(values, seed)
+    found = eigsh(matrix, k, which=which, tol=tol, ncv=ncv, v0=first, maxiter=100_000)[0]
+    return matrix.count, right(found, values, k, which, tol)
+
+
+def right(found: np.ndarray, values: np.ndarray, k: int, which: str, tol: float) -> bool:
+    """Whether these are the k extreme eigenvalues, each with its copies, to the tolerance."""
+    exact = values[:k] if which == "LA" else values[-k:]
+    return bool((np.abs(np.sort(found)[::-1] - exact) <= tol * np.abs(exact)).all())
+
+
+def median(of: list[int]) -> str:
+    return f"{np.median(of):.0f}"
+
+
+def eigenpairs(k: int = 10, tol: float = 1e-3) -> None:
+    print(f"\n### Eigenpairs: {k}, residual {tol:g}, medians of {len(SEEDS)} start vectors\n")
+    print(
+        "| spectrum | end | spectra, with certificate and residuals | right | certified | plain "
+        "Lanczos | ARPACK ncv 21 (right) | 40 | 60 | 100 |"
+    )
+    print("| --- " * 10 + "|")
+    for which, names in (("LA", SPECTRA), ("SA", ("S1", "S1z"))):
+        for name in names:
+            values = SPECTRA[name]()
+            runs = [
+                spectra.eigsh(
+                    Diagonal(values), k, which=which, tol=tol, seed=seed, v0=start(values, seed)
+                )
+                for seed in SEEDS
+            ]
+            correct = sum(right(run.values, values, k, which, tol) for run in runs)
+            cells = [
+                median([run.matvecs for run in runs]),
+                f"{correct}/{len(runs)}",
+                f"{sum(run.certified for run in runs)}/{len(runs)}",
+                median([unrestarted(values, k, which, tol, seed) for seed in SEEDS]),
+            ]
+            for ncv in (21, 40, 60, 100):
+                peers = [arpack(values, k, which, tol, ncv, seed) for seed in SEEDS]
+                correct = sum(fine for _, fine in peers)
+                cells.append(f"{median([count for count, _ in peers])} ({correct}/{len(peers)})")
+            print(f"| {name} | {which} | " + " | ".join(cells) + " |")
+
+
+def distance(density: spectra.SpectralDensity, values: np.ndarray) -> float:
+    """Wasserstein-1 distance of the quadrature, atoms included, to the true spectrum."""
+    nodes = np.concatenate([density.nodes.ravel(), density.atoms])
+    masses = [
+        (density.weights / density.probes).ravel(),
+        np.full(len(density.atoms), 1 / density.n),
+    ]
+    order, values = np.argsort(nodes), np.sort(values)
+    nodes, mass = nodes[order], np.concatenate([[0], np.cumsum(np.concatenate(masses)[order])])
+    x = np.sort(np.concatenate([nodes, values]))
+    found = mass[np.searchsorted(nodes, x[:-1], side="right")]
+    exact = np.searchsorted(values, x[:-1], side="right") / len(values)
+    return float((np.abs(found - exact) * np.diff(x)).sum())
+
+
+def analyses() -> None:
+    print(f"\n### analyze with defaults, median of {len(SEEDS)} seeds\n")
+    print(
+        "| spectrum | products | half-width of the trace / max(abs(trace), ‖H‖_F) | its error | "
+        "error of ‖H‖_F | W1 / ‖H‖ | W1 of plain quadrature at the same products |"
+    )
+    print("| --- " * 7 + "|")
+    for name, make in SPECTRA.items():
+        values = make()
+        rows = []
+        for seed in SEEDS:
+            found = spectra.analyze(Diagonal(values), seed=seed)
+            norm, frobenius = np.abs(values).max(), np.linalg.norm(values)
+            scale = max(abs(values.sum()), frobenius)
+            low, high = found.trace.interval()
+            plain = spectra.spectral_density(
+                Diagonal(values), steps=found.total_matvecs // 3, probes=3, seed=seed
+            )
+            rows.append(
+                [
+                    found.total_matvecs,
+                    (high - low) / 2 / scale,
+                    abs(found.trace.value - values.sum()) / scale,
+                    abs(found.frobenius_norm.value / frobenius - 1),
+                    distance(found.density, values) / norm,
+                    distance(plain, values) / norm,
+                ]
+            )
+        count, *rest = np.median(rows, axis=0)
+        print(f"| {name} | {count:.0f} | " + " | ".join(f"{x:.1e}" for x in rest) + " |")
+
+
+class Free(spectra.operators.base.SymmetricOperator):
+    """diag(values) in one pass over the vector: a product that costs next to nothing."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+        super().__init__(spectra.objective.vectors.VectorSpace(len(values), values.dtype))
+
+    def _products(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows * self.values
+
+
+def reorthogonalisation(n: int = 10_000_000, m: int = 50) -> None:
+    print(
+        f"\n### Time outside of products, n = {n:,}, float32, {torch.get_num_threads()} threads\n"
+    )
+    h = Free(torch.linspace(-1, 1, n))
+    krylov = Krylov(h, m, seeded(0))
+    while krylov.size < m - 10:
+        krylov.step()
+    start = time.perf_counter()
+    while not krylov.full:
+        krylov.step()
+    step = (time.perf_counter() - start) / 10
+    basis, vector = krylov.basis, torch.randn(n)
+    product, pair = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        h.apply(vector)
+        product.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        vector.addmv_(basis.T, torch.mv(basis, vector), alpha=-1e-9)
+        pair.append(time.perf_counter() - start)
+    outside = step - float(np.median(product))
+    print(f"A step beside its product takes {outside / float(np.median(pair)):.2f} times a pair of")
+    print(f"matrix-vector products with the basis ({m} vectors), as torch.mv and addmv_ do them.")
+
+
+if __name__ == "__main__":
+    eigenpairs()
+    analyses()
+    reorthogonalisation()

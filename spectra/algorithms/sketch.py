@@ -1,0 +1,356 @@
+"""Which part of the trace can be computed, so that only the rest has to be sampled?
+
+Three ways to find a basis Q that holds what is large in H: Lanczos steps, one product for each
+vector of the basis; the range of H as random vectors show it, two products (Hutch++); the same with
+each random vector used for the basis and as a probe of what the others' basis leaves (XTrace).
+
+Precision policy: basis vectors have the operator's dtype and are orthogonalised twice, everything
+projected is float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from scipy import linalg
+from torch import Tensor
+
+from spectra.algorithms.lanczos import Krylov
+from spectra.algorithms.moments import KnownPart, Moments, Nothing, Samples
+from spectra.algorithms.probes import MIN_PROBES, Run, gaussian, remove
+from spectra.errors import ArgumentError
+from spectra.objective.vectors import VectorSpace
+
+__all__ = ["by_hutch_pp", "by_krylov", "by_xtrace"]
+
+# Fewer basis vectors than this hold nothing worth their products.
+_MIN_BASIS = 8
+# Orthogonalising all n vectors takes n³ operations: up to here, less than the products do.
+_COMPLETE = 2048
+# XTrace's samples share their basis, so that their spread underestimates the error: measured, by a
+# factor of up to 1.26, and by up to 1.7 with fewer vectors than _MIN_SKETCH, which can miss copies
+# of a multiple eigenvalue together.
+_XTRACE_WIDENING = 1.3
+_FEW_WIDENING = 2.0
+_MIN_SKETCH = 16
+
+
+class _KrylovPart:
+    """M = Q T Qᵀ with T = QᵀHQ: the trace of the rest is sampled without bias for any Q and T."""
+
+    def __init__(self, space: VectorSpace, krylov: Krylov) -> None:
+        core = krylov.projection[: krylov.size, : krylov.size]
+        self._space = space
+        self._rows = krylov.basis
+        self._core = torch.from_numpy(core.copy()).to(space.device)
+        self.trace = float(np.trace(core))
+        self.square = float((core**2).sum())
+
+    def take_from(self, vector: Tensor, product: Tensor) -> None:
+        """Turn the product H `vector` into (H − M) `vector`, in place."""
+        coefficients = self._core @ self._space.project(self._rows, vector).to(self._core)
+        self._space.subtract(product, self._rows, coefficients)
+
+
+def by_krylov(run: Run) -> tuple[Moments, str]:
+    """Probes, with a Krylov space taken out of all of them where that is cheaper.
+
+    The first probes tell how many the tolerance takes. Where that is many, a Krylov basis grows
+    from a random direction of its own, and the first probes, kept for that, tell what it leaves.
+
+    Returns
+    -------
+    tuple
+        The moments, and how they were found.
+    """
+    if run.small:
+        return run.exactly(), "n unit vectors"
+    probes = [run.probe() for _ in range(run.least)]
+    samples = _sampled(run, probes, Nothing())
+    krylov = _grow(run, probes, run.stop.probes_to_come(_moments(run, samples)))
+    known: KnownPart = Nothing()
+    label = "Hutchinson"
+    if krylov is not None:
+        known, label = _KrylovPart(run.space, krylov), f"Hutchinson, {krylov.size} Krylov vectors"
+        if krylov.complete:
+            return run.known(known.trace, known.square), "Lanczos basis of the whole space"
+        samples = _sampled(run, probes, known)
+    probes.clear()
+    moments = run.sample(samples, known)
+    return moments, "n unit vectors" if moments.exact else label
+
+
+def _grow(run: Run, probes: list[tuple[Tensor, Tensor]], come: float) -> Krylov | None:
+    """A basis for which no more is spent than on the probes that it leaves to come.
+
+    At most half of the budget, and half of what the tolerance takes without it. A basis that does
+    not pay is given up after a quarter of the products to come: not at once, because the second
+    copy of a multiple eigenvalue takes many steps to appear. Where n products are cheaper than the
+    probes to come, it may grow to the whole space.
+    """
+    n, room = run.space.n, run.space.affordable() - 2 * len(probes)
+    whole = come > n <= min(run.left, room, _COMPLETE)
+    capacity = n if whole else int(min(come / 2, run.left // 2, room))
+    if capacity < _MIN_BASIS:
+        return None
+    krylov = Krylov(run.operator, capacity, run.generator)
+    run.noise.forget()
+    krylov.noise = run.noise
+    check, paid, before = _MIN_BASIS, 0, come
+    while not krylov.full:
+        krylov.step()
+        run.count()
+        # An exhausted space may hold all of H already.
+        if krylov.size < check and not krylov.exhausted:
+            continue
+        check = krylov.size + max(2, krylov.size // 8)
+        samples = _sampled(run, probes, _KrylovPart(run.space, krylov))
+        come = run.stop.probes_to_come(_moments(run, samples))
+        if come <= krylov.size:
+            break
+        # Those at hand are redone with every basis, and so count for nothing in the comparison.
+        horizon = min(come, run.left)
+        if come < before * (1 - (krylov.size - paid) / max(horizon, 1)):
+            paid, before = krylov.size, come
+        elif krylov.size - paid > horizon / 4 and not (whole and come > n - krylov.size):
+            break
+    return krylov
+
+
+def by_hutch_pp(run: Run) -> tuple[Moments, str]:
+    """A third of the products for the range of H, a third for H on it, a third for probes.
+
+    All three grow together, a quarter at a time.
+
+    Returns
+    -------
+    tuple
+        The moments, and how they were found.
+    """
+    if run.small:
+        return run.exactly(), "n unit vectors"
+    n, budget = run.space.n, run.stop.max_matvecs
+    # Two probes at least, or nothing would tell the error.
+    capacity = min(budget // 3, (budget - 2) // 2, n, run.space.affordable() // 4)
+    basis = _Range(run, capacity)
+    block = min(MIN_PROBES, capacity)
+    while True:
+        if not basis.grow(block):
+            moments = run.known(basis.trace, basis.square)
+            return moments, f"Hutch++, whole range of rank {basis.size}"
+        basis.probe(min(block or 1, run.left))
+        samples = basis.samples()
+        come = run.stop.probes_to_come(_moments(run, samples))
+        if len(samples) >= run.least and come == 0:
+            break
+        if come > n / 2 and n / 2 <= run.spent <= budget - n:
+            return run.exactly(), "n unit vectors"
+        block = min(max(2, basis.size // 4), run.left // 3, capacity - basis.size)
+        if block < 1:
+            break
+    moments = run.sample(samples, basis, basis.rows)
+    return moments, "n unit vectors" if moments.exact else f"Hutch++, {basis.size} sketch vectors"
+
+
+class _Range:
+    """An orthonormal basis Q of the range of H as random vectors show it, and probes beside it.
+
+    What is known is QQᵀH + HQQᵀ − QQᵀHQQᵀ, what is left is H in the complement of Q. The probes are
+    kept there: when Q grows by q, H(I − qqᵀ)z = Hz − (Hq) qᵀz takes no product beyond Hq.
+    """
+
+    def __init__(self, run: Run, capacity: int) -> None:
+        self._run = run
+        self._space = run.space
+        self._rows = run.space.empty(capacity)
+        self._probes: list[tuple[Tensor, Tensor]] = []
+        self.size = 0
+        self.trace = 0.0
+        self.square = 0.0
+
+    @property
+    def rows(self) -> Tensor:
+        """Q as orthonormal rows (size, n)."""
+        return self._rows[: self.size]
+
+    def grow(self, count: int) -> bool:
+        """More basis vectors, two products each: False if Q holds the whole range without them."""
+        run, space, first = self._run, self._space, self.size
+        images = space.empty(count)
+        for image in images:
+            # Gaussian: its product lies in the span of Q only if all products do.
+            _, rest = _outside(run, self.rows, run.apply(gaussian(space, run.generator)))
+            if rest is None:
+                return False
+            self._rows[self.size] = rest
+            self.size += 1
+            image[:] = run.apply(rest)
+            column = space.project(self.rows, image).cpu().numpy()
+            inside = 2 * float((column**2).sum()) - float(column[-1]) ** 2
+            self.trace += float(column[-1])
+            self.square += 2 * space.norm(image) ** 2 - inside
+        for image in images:
+            remove(space, image, self.rows)
+        fresh = self.rows[first:]
+        for vector, product in self._probes:
+            space.subtract(product, images, space.project(fresh, vector))
+            for each in (vector, product):
+                remove(space, each, fresh)
+        return True
+
+    def probe(self, count: int) -> None:
+        """More probes in the complement of Q, kept with their products."""
+        for _ in range(count):
+            vector, product = self._run.probe(self.rows)
+            self.take_from(vector, product)
+            self._probes.append((vector, product))
+
+    def take_from(self, vector: Tensor, product: Tensor) -> None:
+        """Take Q out of the product with a `vector` in its complement, in place."""
+        remove(self._space, product, self.rows)
+
+    def samples(self) -> Samples:
+        """What the probes kept so far say, at the length of those drawn anew."""
+        samples = Samples(self._space)
+        for vector, product in self._probes:
+            scale = math.sqrt(self._space.n - self.size) / self._space.norm(vector)
+            samples.add(self, vector * scale, product * scale)
+        return samples
+
+
+def by_xtrace(run: Run) -> tuple[Moments, str]:
+    """XTrace, resphered: two products for every random vector.
+
+    Returns
+    -------
+    tuple
+        The moments, and how they were found.
+
+    Raises
+    ------
+    ArgumentError
+        The budget is for one random vector only.
+    """
+    if run.stop.max_matvecs < 4:
+        msg = f"max_matvecs={run.stop.max_matvecs}; XTrace needs 2 products for each of 2 vectors"
+        raise ArgumentError(msg)
+    if run.small:
+        return run.exactly(), "n unit vectors"
+    n = run.space.n
+    sketch = _Sketch(run, min(run.stop.max_matvecs // 2, n, run.space.affordable() // 2))
+    check = _MIN_SKETCH
+    while True:
+        grown = sketch.grow()
+        if not grown or sketch.size == n:
+            core = sketch.core
+            moments = run.known(float(np.trace(core)), float((core**2).sum()))
+            return moments, f"XTrace, whole range of rank {len(core)}"
+        finished = sketch.full or run.left < 2
+        if sketch.size < check and not finished:
+            continue
+        moments = sketch.moments()
+        if finished or run.stop.met(moments):
+            return moments, "XTrace"
+        if n / 2 <= run.spent <= run.stop.max_matvecs - n:
+            return run.exactly(), "n unit vectors"
+        check = sketch.size + max(2, sketch.size // 8)
+
+
+class _Sketch:
+    """Y = HΩ = QR as it grows, and the leave-one-out samples of the trace that it contains.
+
+    Nothing of HQ is kept but QᵀHQ: what else XTrace needs, ΩᵀHQ, is Rᵀ for a symmetric H.
+    """
+
+    def __init__(self, run: Run, capacity: int) -> None:
+        self._run = run
+        self._vectors = run.space.empty(capacity)
+        self._basis = run.space.empty(capacity)
+        self._triangle = np.zeros((capacity, capacity))
+        self._core = np.zeros((capacity, capacity))
+        self._overlaps = np.zeros((capacity, capacity))
+        self.size = 0
+
+    @property
+    def full(self) -> bool:
+        """No further vector fits."""
+        return self.size == len(self._basis)
+
+    @property
+    def core(self) -> np.ndarray:
+        """QᵀHQ."""
+        return self._core[: self.size, : self.size]
+
+    def grow(self) -> bool:
+        """One more random vector: False, and one product only, if Q holds the whole range."""
+        run, k = self._run, self.size
+        vector, product = run.probe()
+        coefficients, rest = _outside(run, self._basis[:k], product)
+        if rest is None:
+            return False
+        self._vectors[k], self._basis[k] = vector, rest
+        vectors, basis = self._vectors[: k + 1], self._basis[: k + 1]
+        self._triangle[: k + 1, k] = coefficients
+        column = run.space.project(basis, run.apply(basis[k])).cpu().numpy()
+        self._core[: k + 1, k] = self._core[k, : k + 1] = column
+        self._overlaps[: k + 1, k] = run.space.project(basis, vector).cpu().numpy()
+        self._overlaps[k, : k + 1] = run.space.project(vectors, basis[k]).cpu().numpy()
+        self.size = k + 1
+        return True
+
+    def moments(self) -> Moments:
+        """One sample of the trace for each random vector.
+
+        Leaving ω out takes the direction Q s from the basis, s being a row of R⁻¹ at unit length.
+        With x = (I − s sᵀ) Qᵀω the sample is the trace of H on what is left of the basis, and
+        ωᵀHω − 2 ωᵀHQx + xᵀQᵀHQx in its complement, scaled to what a probe uniform on the sphere
+        there would have.
+        """
+        k, n = self.size, self._run.space.n
+        triangle, core, w = self._triangle[:k, :k], self.core, self._overlaps[:k, :k]
+        inverse = linalg.solve_triangular(triangle, np.eye(k))
+        s = (inverse / np.linalg.norm(inverse, axis=1, keepdims=True)).T
+        along = (s * w).sum(axis=0)
+        x = w - s * along
+        outside = (x * (core @ x)).sum(axis=0) + (triangle * (w - 2 * x)).sum(axis=0)
+        scale = (n - k + 1) / (n - (x * x).sum(axis=0))
+        traces = np.trace(core) - (s * (core @ s)).sum(axis=0) + scale * outside
+        return Moments(
+            traces,
+            (triangle**2).sum(axis=0),
+            exact=False,
+            matvecs=self._run.spent,
+            widening=_XTRACE_WIDENING if k >= _MIN_SKETCH else _FEW_WIDENING,
+            noise=self._run.noise.relative,
+        )
+
+
+def _outside(run: Run, rows: Tensor, product: Tensor) -> tuple[np.ndarray, Tensor | None]:
+    """What of a product no row holds, at unit length: None if that is but rounding.
+
+    The product is overwritten. Also its coefficients in terms of the rows and the new one.
+    """
+    space, length = run.space, run.space.norm(product)
+    coefficients = np.zeros(len(rows) + 1)
+    for _ in range(2):
+        part = space.project(rows, product)
+        space.subtract(product, rows, part)
+        coefficients[:-1] += part.cpu().numpy()
+    coefficients[-1] = rest = space.norm(product)
+    if rest <= 10 * space.eps * length or len(rows) == space.n:
+        return coefficients, None
+    return coefficients, product.div_(rest)
+
+
+def _sampled(run: Run, probes: list[tuple[Tensor, Tensor]], known: KnownPart) -> Samples:
+    """The samples of probes kept with their products, with another part taken out."""
+    samples = Samples(run.space)
+    for vector, product in probes:
+        samples.add(known, vector, product.clone())
+    return samples
+
+
+def _moments(run: Run, samples: Samples) -> Moments:
+    return samples.moments(run.spent, run.noise.relative)

@@ -1,0 +1,169 @@
+"""What is the largest |eigenvalue|? Power iteration and Lanczos, between bounds that hold."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from scipy import special
+from torch import Tensor
+
+from spectra.algorithms import probes
+from spectra.algorithms.estimate import Estimate
+from spectra.algorithms.lanczos import Krylov, upper_bound
+from spectra.algorithms.noise import noise_notes
+from spectra.algorithms.progress import progress_bar
+from spectra.operators.base import SymmetricOperator
+
+__all__ = ["lanczos", "power_iteration"]
+
+_CONFIDENCE = 0.99
+
+
+def power_iteration(
+    operator: SymmetricOperator,
+    *,
+    tol: float,
+    max_matvecs: int,
+    seed: int,
+    progress: bool | None,
+    provenance: dict[str, Any],
+) -> Estimate:
+    """ρ = ‖Hx‖ for the iterate x, until ‖H²x − ρ²x‖ <= tol ρ²; see `norm`."""
+    space = operator.space
+    x = probes.sphere(space, probes.seeded(seed))
+    rho, log_growth, steps = 0.0, 0.0, 0
+    residual = math.inf
+    y = space.zeros()
+    previous: tuple[Tensor, Tensor, float] | None = None
+    with progress_bar("power iteration", max_matvecs, progress) as bar:
+        while steps < max_matvecs:
+            if previous is not None:
+                x = y / rho
+            y = operator.apply(x)
+            rho = space.norm(y)
+            steps += 1
+            bar.update()
+            if rho == 0.0:
+                # A random x lies in the null space with probability 0: the operator is zero.
+                residual = 0.0
+                break
+            log_growth += math.log(rho)
+            if previous is not None:
+                # x = Hp/ρp with p the previous iterate, so Hy-type products give H²p for nothing.
+                p, _, rho_p = previous
+                residual = space.norm(y.mul(rho_p).sub_(p, alpha=rho_p**2)) / rho_p**2
+                if residual <= tol:
+                    break
+            previous = (x, y, rho)
+    rounding = 4 * space.eps * rho
+    signs, note = _signs(operator, x, y, rho, residual)
+    upper = rho + rounding
+    if rho > 0:
+        smallest = math.sqrt(
+            special.betaincinv(0.5, (space.n - 1) / 2, 1 - _CONFIDENCE) if space.n > 1 else 1.0
+        )
+        upper = max(upper, math.exp((log_growth - math.log(smallest)) / steps))
+    notes = [note] if note else []
+    converged = residual <= tol
+    if not converged:
+        notes.append(
+            f"the residual is {residual:.2g} after {steps} products, {tol:g} was asked for; the "
+            "value is a lower bound, and method='lanczos' converges in far fewer products"
+        )
+    return Estimate(
+        quantity="spectral norm",
+        value=rho,
+        standard_error=math.nan,
+        bounds=(rho - rounding, upper),
+        bounds_confidence=_CONFIDENCE,
+        converged=converged,
+        method=f"power iteration, relative residual {residual:.2g}, {signs}",
+        matvecs=steps,
+        notes=tuple(notes),
+        provenance=provenance,
+    )
+
+
+def lanczos(
+    operator: SymmetricOperator,
+    *,
+    tol: float,
+    max_matvecs: int,
+    seed: int,
+    progress: bool | None,
+    provenance: dict[str, Any],
+) -> Estimate:
+    """Largest |Ritz value| L, until the upper bound U of both ends has (U − L) / L <= tol.
+
+    The bound is about the start vector, and so holds at all steps or at none: looking at it after
+    every step costs no confidence.
+    """
+    space = operator.space
+    capacity = max(2, min(max_matvecs, space.affordable()))
+    krylov = Krylov(operator, capacity, probes.seeded(seed))
+    betas: list[float] = []
+    # Half of the risk for either end.
+    confidence = (1 + _CONFIDENCE) / 2
+    largest = upper = gap = math.inf
+    ritz = np.zeros(1)
+    with progress_bar("Lanczos", capacity, progress) as bar:
+        while not (krylov.full or krylov.exhausted or gap <= tol):
+            krylov.step()
+            betas.append(krylov.beta)
+            bar.update()
+            ritz = krylov.ritz().values
+            largest = float(np.abs(ritz).max())
+            beside = np.array(betas)
+            above = upper_bound(ritz, beside, space.n, confidence)
+            below = upper_bound(-ritz, beside, space.n, confidence)
+            upper = max(largest, above, below)
+            gap = (upper - largest) / largest if largest > 0 else 0.0
+    rounding = 4 * space.eps * largest
+    noise = krylov.noise.relative
+    floor = noise * largest
+    notes = noise_notes(noise, floor)
+    converged = gap <= tol
+    if not converged:
+        notes.append(
+            f"the bounds are {gap:.2g} apart, relative, after {krylov.size} products, {tol:g} was "
+            "asked for; the value is a lower bound: raise max_matvecs"
+        )
+    sign = "positive" if ritz[-1] >= -ritz[0] else "negative"
+    method = f"Lanczos, the largest found is {sign}" if largest > 0 else "Lanczos, zero operator"
+    return Estimate(
+        quantity="spectral norm",
+        value=largest,
+        standard_error=math.nan,
+        bounds=(largest - rounding, upper + rounding),
+        bounds_confidence=_CONFIDENCE,
+        converged=converged,
+        method=method,
+        matvecs=krylov.size,
+        notes=tuple(notes),
+        noise=noise,
+        floor=floor,
+        provenance=provenance,
+    )
+
+
+def _signs(
+    operator: SymmetricOperator, x: Tensor, y: Tensor, rho: float, residual: float
+) -> tuple[str, str]:
+    """Which of +ρ and −ρ are eigenvalues, from the components of x along y ± ρx."""
+    if rho == 0.0:
+        return "zero operator", ""
+    quotient = operator.space.inner(x, y) / rho
+    # x = a u₊ + b u₋ with a² + b² = 1 has the quotient a² − b².
+    positive, negative = (1 + quotient) / 2, (1 - quotient) / 2
+    minor = min(positive, negative)
+    # At most (residual / 0.1)² of x belongs to eigenvalues whose squares are off ρ² by a tenth.
+    if minor > (residual / 0.1) ** 2 + 100 * operator.space.eps:
+        return "both signs", (
+            f"eigenvalues near both +{rho:.4g} and −{rho:.4g}: the iterate is a mixture of their "
+            "eigenvectors"
+        )
+    if minor > 0.1:
+        return "sign not settled", ""
+    return f"dominant eigenvalue {'positive' if positive > negative else 'negative'}", ""

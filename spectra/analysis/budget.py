@@ -1,0 +1,94 @@
+"""How many products may a run still spend? A budget in matvecs, or in seconds."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+
+from spectra.errors import ArgumentError
+from spectra.operators.base import SymmetricOperator
+
+__all__ = ["Budget", "Ledger", "parse_budget"]
+
+Budget = int | str | None
+T = TypeVar("T")
+
+_UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_budget(budget: Budget) -> tuple[int | None, float | None]:
+    """Most matvecs and most seconds, of which at most one is given.
+
+    Raises
+    ------
+    ArgumentError
+        It is neither a positive number of matvecs nor a time such as "90s", "10min" or "1.5h".
+    """
+    if budget is None:
+        return None, None
+    if isinstance(budget, int | np.integer) and not isinstance(budget, bool) and budget > 0:
+        return int(budget), None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", str(budget).lower())
+    if found and isinstance(budget, str):
+        number, unit = float(found[1]), found[2]
+        if not unit and number > 0 and number == int(number):
+            return int(number), None
+        if unit in _UNITS and number > 0:
+            return None, number * _UNITS[unit]
+    msg = (
+        f"budget={budget!r}; expected a number of matvecs, such as 100, or a time, such as '90s', "
+        "'10min' or '1.5h'"
+    )
+    raise ArgumentError(msg)
+
+
+class Ledger:
+    """What each part of a run has cost, and what the budget still holds.
+
+    A time is turned into products by the measured speed of those before; one is spent to begin.
+    """
+
+    def __init__(self, operator: SymmetricOperator, budget: Budget) -> None:
+        self._operator = operator
+        self._most_matvecs, self._most_seconds = parse_budget(budget)
+        self._begun, self._start = operator.matvecs, time.perf_counter()
+        self.matvecs: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        if self._most_seconds is not None:
+            probe = operator.space.zeros()
+            probe[0] = 1.0
+            self.timed("timing", lambda: operator.apply(probe))
+
+    def timed(self, name: str, part: Callable[[], T]) -> T:
+        """The result of `part`, its cost noted under `name`."""
+        matvecs, start = self._operator.matvecs, time.perf_counter()
+        result = part()
+        self.matvecs[name] = self.matvecs.get(name, 0) + self._operator.matvecs - matvecs
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        return result
+
+    @property
+    def limited(self) -> bool:
+        """There is a budget."""
+        return self._most_matvecs is not None or self._most_seconds is not None
+
+    def left(self, otherwise: int) -> int:
+        """Products that the budget still holds, at most `otherwise`."""
+        if self._most_matvecs is not None:
+            return max(0, min(otherwise, self._most_matvecs - self._spent))
+        if self._most_seconds is None:
+            return otherwise
+        seconds = self._most_seconds - (time.perf_counter() - self._start)
+        return int(max(0, min(otherwise, seconds / max(self._seconds_per_product(), 1e-9))))
+
+    @property
+    def _spent(self) -> int:
+        return self._operator.matvecs - self._begun
+
+    def _seconds_per_product(self) -> float:
+        parts = sum(seconds for name, seconds in self.seconds.items() if self.matvecs[name])
+        return parts / self._spent

@@ -1,0 +1,71 @@
+"""Noise of the products: measured right, whatever result it comes with."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import spectra
+from spectra.algorithms.lanczos import Krylov
+from spectra.algorithms.noise import Noise, noise_notes
+from spectra.algorithms.probes import seeded
+from spectra.objective.vectors import VectorSpace
+from tests.cases.matrices import Diagonal, Noisy, Rotated, operator, s1
+
+# Every question that multiplies with random vectors, at a small cost.
+QUESTIONS = {
+    "eigsh": lambda h: spectra.eigsh(h, 5),
+    "diagonal": lambda h: spectra.diagonal(h, probes=12),
+    "solve": lambda h: spectra.solve(h, np.ones(1000), damping=1.0, rtol=1e-6, max_matvecs=40),
+    "trace": lambda h: spectra.trace(h, max_matvecs=20),
+    "frobenius": lambda h: spectra.norm(h, "fro", max_matvecs=20),
+    "density": lambda h: spectra.spectral_density(h, steps=15, probes=2),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("relative", [1e-4, 1e-2, 1e-1])
+def test_every_result_measures_the_noise_of_the_products(question, relative):
+    found = QUESTIONS[question](Noisy(s1(1000), relative))
+    assert relative / 3 < found.noise < 3 * relative
+    assert found.floor > 0
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_exact_products_have_no_noise_but_rounding(question):
+    found = QUESTIONS[question](Rotated(s1(1000)))
+    assert found.noise < 1e-12
+    assert not any("mean nothing" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_loud_noise_is_told(question):
+    found = QUESTIONS[question](Noisy(s1(1000), 1e-1))
+    assert any("digits below" in note for note in found.notes)
+
+
+def test_a_matrix_that_is_not_symmetric_is_told_by_its_defect():
+    generator = np.random.default_rng(0)
+    matrix = np.diag(s1(400)) + 1e-2 * generator.normal(size=(400, 400))
+    exact = np.linalg.norm(matrix - matrix.T) / (math.sqrt(2) * np.linalg.norm(matrix))
+    noise, space = Noise(400), VectorSpace(400)
+    torch_matrix, seed = torch.from_numpy(matrix), seeded(0)
+    for _ in range(400):
+        u, v = torch.randn(2, 400, dtype=torch.float64, generator=seed)
+        noise.compare(space, u, torch_matrix @ u, 3 * v, 3 * (torch_matrix @ v))
+    assert noise.relative == pytest.approx(exact, rel=0.15)
+
+
+def test_single_precision_is_read_to_its_rounding_at_a_million_entries():
+    values = np.concatenate([[100.0, 50.0, 20.0], np.linspace(-0.3, 0.3, 10**6 - 3)])
+    krylov = Krylov(operator(Diagonal(values, np.float32)), 8, seeded(0))
+    while not krylov.full:
+        krylov.step()
+    assert krylov.noise.relative < 1e-6
+
+
+def test_nothing_was_measured_without_a_pair():
+    assert math.isnan(Noise(5).relative)
+    assert noise_notes(math.nan, math.nan) == []
+    assert noise_notes(1e-6, 1e-4) == []
