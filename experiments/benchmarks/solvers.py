@@ -162,28 +162,27 @@ class Free(spectra.operators.base.SymmetricOperator):
 
 
 def reorthogonalisation(n: int = 10_000_000, m: int = 50) -> None:
-    print(
-        f"\n### Time outside of products, n = {n:,}, float32, {torch.get_num_threads()} threads\n"
-    )
+    threads = torch.get_num_threads()
+    print(f"\n### Time outside of products, n = {n:,}, float32, {threads} threads\n")
     h = Free(torch.linspace(-1, 1, n))
     krylov = Krylov(h, m, seeded(0))
-    while krylov.size < m - 10:
+    while krylov.size < m - 15:
         krylov.step()
-    start = time.perf_counter()
+    vector, times = torch.randn(n), []
     while not krylov.full:
-        krylov.step()
-    step = (time.perf_counter() - start) / 10
-    basis, vector = krylov.basis, torch.randn(n)
-    product, pair = [], []
-    for _ in range(5):
-        start = time.perf_counter()
-        h.apply(vector)
-        product.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        vector.addmv_(basis.T, torch.mv(basis, vector), alpha=-1e-9)
-        pair.append(time.perf_counter() - start)
-    outside = step - float(np.median(product))
-    print(f"A step beside its product takes {outside / float(np.median(pair)):.2f} times a pair of")
+        # In turn, so that other work of the machine weighs on all alike.
+        basis, row = krylov.basis, []
+        for part in (
+            krylov.step,
+            lambda: h.apply(vector),
+            lambda basis=basis: vector.addmv_(basis.T, torch.mv(basis, vector), alpha=-1e-9),
+        ):
+            start = time.perf_counter()
+            part()
+            row.append(time.perf_counter() - start)
+        times.append(row)
+    step, product, pair = np.median(times, axis=0)
+    print(f"A step beside its product takes {(step - product) / pair:.2f} times a pair of")
     print(f"matrix-vector products with the basis ({m} vectors), as torch.mv and addmv_ do them.")
 
 

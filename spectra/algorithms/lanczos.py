@@ -148,7 +148,7 @@ class Krylov:
         elif self.exhausted:
             self._rows[self.size] = self._fresh_direction()
         else:
-            self._rows[self.size] = vector.div_(norm)
+            torch.div(vector, norm, out=self._rows[self.size])
 
     def extended(self, operator: SymmetricOperator, capacity: int) -> Self:
         """A copy with room for `capacity` vectors that goes on with `operator`."""

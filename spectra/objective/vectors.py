@@ -3,8 +3,8 @@
 Precision policy: norms and inner products are taken in float64 whatever the dtype of the vectors;
 projections on a basis block by block, whose sums are added in float64. Native float32 reductions on
 the CPU are off by 1e-5 at a million entries and by 1e-3 at 25 million, which ruins a Lanczos run.
-Within a block on the CPU the terms are multiplied and then summed pairwise: a native matrix-vector
-product adds them one after the other, and one large term swallows thousands of small ones.
+A native product adds the terms of a block one after the other, and one large term swallows
+thousands of small ones: on the CPU entries that stand out are taken apart, in float64.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ __all__ = ["VectorSpace"]
 # Entries summed in the vectors' own dtype before a float64 accumulator takes over. On the CPU small
 # enough that a block of fifty rows stays in the cache, large enough that the loop costs nothing; an
 # accelerator sums in many threads at once, and a loop over small blocks would keep it waiting.
-_BLOCK = 1 << 15
+_BLOCK = 1 << 16
 _BLOCK_ON_ACCELERATOR = 1 << 22
+# In root mean squares of the block; a block of random numbers has no such entry.
+_LARGE = 6.0
 
 
 class VectorSpace:
@@ -61,8 +63,9 @@ class VectorSpace:
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         block = _BLOCK if x.device.type == "cpu" else _BLOCK_ON_ACCELERATOR
         for start in range(0, self.n, block):
-            stop = start + block
-            total += torch.dot(x[start:stop].double(), y[start:stop].double())
+            part = x[start : start + block].double()
+            other = part if y is x else y[start : start + block].double()
+            total += torch.dot(part, other)
         return float(total)
 
     def norm(self, x: Tensor) -> float:
@@ -80,15 +83,12 @@ class VectorSpace:
         on_cpu = x.device.type == "cpu"
         block = _BLOCK if on_cpu else _BLOCK_ON_ACCELERATOR
         total = torch.zeros(basis.shape[0], dtype=torch.float64, device=x.device)
-        terms = torch.empty(0, dtype=x.dtype)
         for start in range(0, self.n, block):
             rows, part = basis[:, start : start + block], x[start : start + block]
-            if on_cpu:
-                if terms.shape != rows.shape:
-                    terms = torch.empty(rows.shape, dtype=x.dtype)
-                total += torch.mul(rows, part, out=terms).sum(dim=1)
-            else:
-                total += torch.mv(rows, part)
+            if on_cpu and (large := _large_entries(part)) is not None:
+                total += rows[:, large].double() @ part[large].double()
+                part = part.index_fill(0, large, 0.0)
+            total += torch.mv(rows, part)
         return total
 
     def combine(self, basis: Tensor, coefficients: Tensor) -> Tensor:
@@ -110,6 +110,15 @@ class VectorSpace:
         for start in range(0, self.n, tile):
             columns = slice(start, start + tile)
             basis[:p, columns] = matrix @ basis[:m, columns]
+
+
+def _large_entries(part: Tensor) -> Tensor | None:
+    """Places of the entries that stand out of a block, None where none does."""
+    limit = _LARGE * math.sqrt(float(torch.dot(part, part)) / len(part))
+    smallest, largest = torch.aminmax(part)
+    if float(largest) <= limit and float(smallest) >= -limit:
+        return None
+    return (part.abs() > limit).nonzero().squeeze(1)
 
 
 def _free_bytes(device: torch.device) -> int:
