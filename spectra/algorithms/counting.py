@@ -6,7 +6,9 @@ the probes.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from spectra.algorithms import broadening, quadrature
 from spectra.algorithms.estimate import Estimate, check_confidence, half_width
+from spectra.algorithms.noise import noise_notes
 from spectra.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -45,12 +48,35 @@ class Counts(NamedTuple):
     above: Estimate
 
 
+def with_floor(
+    density: SpectralDensity, compute: Callable[[SpectralDensity], Estimate]
+) -> Estimate:
+    """What is computed, and by how much it moves when the noise moves all of the spectrum."""
+    found = compute(density)
+    if not density.floor > 0:
+        return found
+    moves = [math.nan]
+    with contextlib.suppress(ArgumentError):
+        values = [compute(density.shifted(by)).value for by in (-density.floor, density.floor)]
+        moves = [abs(value - found.value) for value in values]
+    told = noise_notes(density.noise, density.floor)
+    notes = [note for note in found.notes if note not in told]
+    floor = max(moves)
+    return replace(
+        found, floor=floor, notes=(*notes, *noise_notes(density.noise, floor, found.quantity))
+    )
+
+
 def mass(density: SpectralDensity, low: float, high: float, confidence: float) -> Estimate:
     """What `SpectralDensity.mass` says."""
     check_confidence(confidence)
     if not low <= high:
         msg = f"low={low}, high={high}; expected an interval with low <= high"
         raise ArgumentError(msg)
+    return with_floor(density, lambda moved: _mass(moved, low, high, confidence))
+
+
+def _mass(density: SpectralDensity, low: float, high: float, confidence: float) -> Estimate:
     inside = (density.nodes >= low) & (density.nodes <= high)
     known = float(((density.atoms >= low) & (density.atoms <= high)).sum()) / density.n
     samples = known + (density.weights * inside).sum(axis=1)
@@ -184,6 +210,7 @@ def _scaled(estimate: Estimate, factor: float, quantity: str) -> Estimate:
         value=factor * estimate.value,
         standard_error=factor * estimate.standard_error,
         samples=factor * estimate.samples,
+        floor=factor * estimate.floor,
         bounds=None if bounds is None else (factor * bounds[0], factor * bounds[1]),
     )
 

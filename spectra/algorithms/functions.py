@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from spectra.algorithms.counting import with_floor
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.algorithms.measure import SpectralDensity
 from spectra.algorithms.summation import (
@@ -226,17 +227,21 @@ def participation_ratio(
     if density.steps < min(2, density.remaining):
         msg = "steps=1 tells no square of the eigenvalues; take two steps or more"
         raise ArgumentError(msg)
-    moments = np.stack([density.moment_samples(1), density.moment_samples(2)])
-    values = jackknife(lambda mean: _ratio(float(mean[0]) ** 2, float(mean[1])), moments)
-    return result(
-        "participation ratio",
-        density,
-        values,
-        (values, values),
-        error="jackknife",
-        confidence=confidence,
-        matvecs=matvecs,
-    )
+
+    def compute(density: SpectralDensity) -> Estimate:
+        moments = np.stack([density.moment_samples(1), density.moment_samples(2)])
+        values = jackknife(lambda mean: _ratio(float(mean[0]) ** 2, float(mean[1])), moments)
+        return result(
+            "participation ratio",
+            density,
+            values,
+            (values, values),
+            error="jackknife",
+            confidence=confidence,
+            matvecs=matvecs,
+        )
+
+    return with_floor(density, compute)
 
 
 def effective_rank(
@@ -282,6 +287,12 @@ def effective_rank(
     density, matvecs = density_of(
         H, steps=steps, probes=probes, deflate=deflate, seed=seed, progress=progress
     )
+    return with_floor(density, lambda moved: _effective_rank(moved, kind, confidence, matvecs))
+
+
+def _effective_rank(
+    density: SpectralDensity, kind: str, confidence: float, matvecs: int
+) -> Estimate:
     # Relative to the largest one the numbers under the logarithm lose no digits.
     largest = max(map(abs, density.support)) or 1.0
 

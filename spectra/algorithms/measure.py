@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -99,6 +99,16 @@ class SpectralDensity(Result):
     def ended(self, probe: int) -> bool:
         """The run of a probe found an invariant subspace: its measure is known exactly."""
         return len(self.betas) > 0 and bool((self.betas[probe] == 0).any())
+
+    def shifted(self, by: float) -> SpectralDensity:
+        """The same measure with all of the spectrum moved; its `floor` is not carried over."""
+        return replace(
+            self,
+            nodes=self.nodes + by,
+            atoms=self.atoms + by,
+            alphas=self.alphas + by,
+            floor=math.nan,
+        )
 
     @property
     def runs(self) -> tuple[Any, ...]:

@@ -100,11 +100,13 @@ class Noise:
         return math.sqrt(self._defects / self._sizes) if self._count else math.nan
 
 
-def noise_notes(noise: float, floor: float) -> list[str]:
+def noise_notes(noise: float, floor: float, quantity: str = "") -> list[str]:
     """What a reader has to know about the noise: nothing where it is below 1e-4."""
     if not noise > LOUD:
         return []
+    whose = f" of the {quantity}" if quantity else ""
+    below = f"below {floor:.1g}" if math.isfinite(floor) else "of that size"
     return [
         f"the products differ from those of one symmetric matrix by {noise:.1g} (measured; half "
-        f"precision, or not deterministic): digits below {floor:.1g} mean nothing"
+        f"precision, or not deterministic): digits{whose} {below} mean nothing"
     ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from spectra.algorithms import probes
+from spectra.algorithms.counting import with_floor
 from spectra.algorithms.density import SpectralDensity, check_counts, spectral_density
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.algorithms.noise import noise_notes
@@ -248,12 +249,18 @@ def _schatten(
         method=power.method,
         matvecs=density.matvecs,
         notes=tuple(notes),
+        noise=power.noise,
+        floor=power.floor * slope,
         provenance=provenance,
     )
 
 
 def _sum_of_powers(density: SpectralDensity, p: float, scale: float, confidence: float) -> Estimate:
     """Σ |λ / scale|ᵖ, without an error of the quadrature where that is exact."""
+    return with_floor(density, lambda moved: _power(moved, p, scale, confidence))
+
+
+def _power(density: SpectralDensity, p: float, scale: float, confidence: float) -> Estimate:
     sums = probe_sums(density, lambda x: (np.abs(x) / scale) ** p)
     exact = p % 2 == 0 and p < 2 * density.steps
     differences = 0.0 * sums.differences if exact else sums.differences

@@ -12,7 +12,7 @@ from torch import Tensor
 from spectra.algorithms import probes
 from spectra.algorithms.estimate import Estimate
 from spectra.algorithms.lanczos import Krylov, upper_bound
-from spectra.algorithms.noise import noise_notes
+from spectra.algorithms.noise import Noise, noise_notes
 from spectra.algorithms.progress import progress_bar
 from spectra.operators.base import SymmetricOperator
 
@@ -34,7 +34,7 @@ def power_iteration(
     space = operator.space
     x = probes.sphere(space, probes.seeded(seed))
     rho, log_growth, steps = 0.0, 0.0, 0
-    residual = math.inf
+    residual, noise = math.inf, Noise(space.n)
     y = space.zeros()
     previous: tuple[Tensor, Tensor, float] | None = None
     with progress_bar("power iteration", max_matvecs, progress) as bar:
@@ -42,6 +42,7 @@ def power_iteration(
             if previous is not None:
                 x = y / rho
             y = operator.apply(x)
+            noise.watch(space, x, y, successive=True)
             rho = space.norm(y)
             steps += 1
             bar.update()
@@ -81,7 +82,9 @@ def power_iteration(
         converged=converged,
         method=f"power iteration, relative residual {residual:.2g}, {signs}",
         matvecs=steps,
-        notes=tuple(notes),
+        notes=(*notes, *noise_notes(noise.relative, noise.relative * rho)),
+        noise=noise.relative,
+        floor=noise.relative * rho,
         provenance=provenance,
     )
 

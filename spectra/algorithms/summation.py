@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectra.algorithms import quadrature
-from spectra.algorithms.counting import mean_bounds
+from spectra.algorithms.counting import mean_bounds, with_floor
 from spectra.algorithms.density import spectral_density
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.algorithms.lanczos import upper_bound
@@ -275,7 +275,12 @@ def _all_known(density: SpectralDensity) -> bool:
     )
 
 
-def estimate(
+def estimate(quantity: str, density: SpectralDensity, f: Function, **options: Any) -> Estimate:
+    """The sum of f with the errors of the probes, of the quadrature, and of noisy products."""
+    return with_floor(density, lambda moved: _estimate(quantity, moved, f, **options))
+
+
+def _estimate(
     quantity: str,
     density: SpectralDensity,
     f: Function,
