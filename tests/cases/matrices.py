@@ -100,7 +100,7 @@ def laplacian_spectrum(n: int) -> np.ndarray:
 def laplacian(n: int) -> scipy.sparse.csr_array:
     """The second difference with Dirichlet ends."""
     diagonals = [np.full(n - 1, -1.0), np.full(n, 2.0), np.full(n - 1, -1.0)]
-    return scipy.sparse.diags_array(diagonals, offsets=[-1, 0, 1], format="csr")
+    return scipy.sparse.csr_array(scipy.sparse.diags(diagonals, offsets=[-1, 0, 1]))
 
 
 def wilkinson() -> np.ndarray:
