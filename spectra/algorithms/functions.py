@@ -6,6 +6,7 @@ Each takes an operator, or a finished density and then no further product.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -241,7 +242,7 @@ def participation_ratio(
             matvecs=matvecs,
         )
 
-    return with_floor(density, compute)
+    return _counted(with_floor(density, compute), density.n)
 
 
 def effective_rank(
@@ -287,7 +288,8 @@ def effective_rank(
     density, matvecs = density_of(
         H, steps=steps, probes=probes, deflate=deflate, seed=seed, progress=progress
     )
-    return with_floor(density, lambda moved: _effective_rank(moved, kind, confidence, matvecs))
+    found = with_floor(density, lambda moved: _effective_rank(moved, kind, confidence, matvecs))
+    return _counted(found, density.n)
 
 
 def _effective_rank(
@@ -336,6 +338,14 @@ def _effective_rank(
         risk=risk,
         matvecs=matvecs,
     )
+
+
+def _counted(estimate: Estimate, n: int) -> Estimate:
+    """A number of directions is neither negative nor above n."""
+    if estimate.bounds is None:
+        return estimate
+    low, high = estimate.bounds
+    return replace(estimate, bounds=(max(low, 0.0), min(high, float(n))))
 
 
 def _ratio(over: float, under: float) -> float:

@@ -235,6 +235,7 @@ def sample_moments(
     seed: int,
     progress: bool | None,
     begun: Moments | None = None,
+    known: KnownPart | None = None,
 ) -> Moments:
     """Probe until the moment `want` is known to the tolerance, or the budget is spent.
 
@@ -248,6 +249,8 @@ def sample_moments(
     ----------
     begun
         Samples of earlier, independent probes to go on from; `max_matvecs` counts the new ones.
+    known
+        What to take out of the probes, if that is more than the deflated pairs.
     """
     stop = Stop(want, rtol, atol, confidence, max_matvecs)
     with progress_bar(want, max_matvecs, progress) as bar:
@@ -259,4 +262,4 @@ def sample_moments(
         samples = Samples(run.space, begun)
         if deflation is None:
             return run.sample(samples, Nothing())
-        return run.sample(samples, deflation, deflation.basis)
+        return run.sample(samples, known or deflation, deflation.basis)

@@ -23,7 +23,7 @@ from spectra.algorithms.probes import MIN_PROBES, Run, gaussian, remove
 from spectra.errors import ArgumentError
 from spectra.objective.vectors import VectorSpace
 
-__all__ = ["by_hutch_pp", "by_krylov", "by_xtrace"]
+__all__ = ["KrylovPart", "by_hutch_pp", "by_krylov", "by_xtrace"]
 
 # Fewer basis vectors than this hold nothing worth their products.
 _MIN_BASIS = 8
@@ -37,7 +37,7 @@ _FEW_WIDENING = 2.0
 _MIN_SKETCH = 16
 
 
-class _KrylovPart:
+class KrylovPart:
     """M = Q T Qᵀ with T = QᵀHQ: the trace of the rest is sampled without bias for any Q and T."""
 
     def __init__(self, space: VectorSpace, krylov: Krylov) -> None:
@@ -73,7 +73,7 @@ def by_krylov(run: Run) -> tuple[Moments, str]:
     known: KnownPart = Nothing()
     label = "Hutchinson"
     if krylov is not None:
-        known, label = _KrylovPart(run.space, krylov), f"Hutchinson, {krylov.size} Krylov vectors"
+        known, label = KrylovPart(run.space, krylov), f"Hutchinson, {krylov.size} Krylov vectors"
         if krylov.complete:
             return run.known(known.trace, known.square), "Lanczos basis of the whole space"
         samples = _sampled(run, probes, known)
@@ -106,7 +106,7 @@ def _grow(run: Run, probes: list[tuple[Tensor, Tensor]], come: float) -> Krylov 
         if krylov.size < check and not krylov.exhausted:
             continue
         check = krylov.size + max(2, krylov.size // 8)
-        samples = _sampled(run, probes, _KrylovPart(run.space, krylov))
+        samples = _sampled(run, probes, KrylovPart(run.space, krylov))
         come = run.stop.probes_to_come(_moments(run, samples))
         if come <= krylov.size:
             break

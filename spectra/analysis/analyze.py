@@ -17,11 +17,12 @@ from spectra.algorithms.functions import (
     participation_ratio,
     spectral_sum,
 )
-from spectra.algorithms.moments import Moments, check_tolerances
+from spectra.algorithms.moments import check_tolerances
 from spectra.algorithms.norms import frobenius_estimate, norm
 from spectra.algorithms.summation import spectral_interval
 from spectra.algorithms.trace import trace_estimate
 from spectra.analysis.budget import Budget, Ledger
+from spectra.analysis.sharing import Shared
 from spectra.errors import ArgumentError
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.operators.hessian import HessianOperator
@@ -243,6 +244,9 @@ def analyze(
             progress=progress,
             provenance=provenance,
         )
+        if measure is not None:
+            # The runs have served; their bases would stay in memory with the result.
+            measure.keep(())
         if trace_result is None:
             notes.append("the budget left no products for trace and Frobenius norm")
     return Analysis(
@@ -315,7 +319,14 @@ def _density(
     return ledger.timed(
         "density",
         lambda: spectral_density(
-            operator, steps=steps, probes=probes, deflate=pairs, seed=seed, progress=progress
+            operator,
+            steps=steps,
+            probes=probes,
+            deflate=pairs,
+            # For the trace; with room to spare for what comes with it.
+            keep_basis=kept > 0 and operator.space.affordable() > 2 * probes * (steps + 1),
+            seed=seed,
+            progress=progress,
         ),
     )
 
@@ -411,10 +422,11 @@ def _trace_and_frobenius(
 ) -> tuple[Estimate | None, Estimate | None]:
     """Both from the same probes, as many as the trace needs and then as the norm still needs."""
     allowed = ledger.left(max_matvecs)
-    begun = _begun(density, random_probes.Deflation(operator, pairs))
+    deflation = random_probes.Deflation(operator, pairs)
+    shared = Shared(operator.space, density, deflation, rtol)
+    begun = shared.begun
     if allowed < 2 and begun is None:
         return None, None
-    deflation = random_probes.Deflation(operator, pairs)
     sample = functools.partial(
         random_probes.sample_moments,
         operator,
@@ -423,6 +435,7 @@ def _trace_and_frobenius(
         atol=None,
         confidence=0.95,
         progress=progress,
+        known=shared.known,
     )
     moments = begun
     if allowed >= 2:
@@ -431,8 +444,20 @@ def _trace_and_frobenius(
             lambda: sample(want="trace", max_matvecs=allowed, seed=seeds[0], begun=begun),
         )
     assert moments is not None
+    method = None
+    if shared.krylov_vectors and not moments.exact:
+        method = (
+            f"Hutchinson, {len(deflation)} deflated, "
+            f"{shared.krylov_vectors} Krylov vectors of the density"
+        )
     trace = trace_estimate(
-        moments, deflation, rtol=rtol, atol=None, confidence=0.95, provenance=provenance
+        moments,
+        deflation,
+        rtol=rtol,
+        atol=None,
+        confidence=0.95,
+        provenance=provenance,
+        method=method,
     )
     left = allowed - moments.matvecs
     if not moments.exact and left >= 2:
@@ -445,21 +470,7 @@ def _trace_and_frobenius(
     frobenius = frobenius_estimate(
         moments, deflation, rtol=rtol, confidence=0.95, provenance=provenance
     )
+    method = frobenius.method if method is None or moments.exact else method
     if trace.matvecs:
-        shared = f"{frobenius.method}, {trace.matvecs} matvecs shared with the trace"
-        frobenius = replace(frobenius, method=shared)
-    return trace, frobenius
-
-
-def _begun(density: SpectralDensity | None, deflation: random_probes.Deflation) -> Moments | None:
-    """Samples of trace and square that the quadrature contains: its first two moments."""
-    if density is None or density.steps < 2:
-        # A rule of one node is exact to degree 1: it knows the trace, but not the square.
-        return None
-    nodes, weights = density.nodes, density.n * density.weights
-    squares = (weights * nodes**2).sum(axis=1) + deflation.square
-    traces = density.moment_samples(1)
-    # Twice ‖Hz − (zᵀHz / ‖z‖²) z‖², as every probe tells the variance of its own sample.
-    centres = (weights * nodes).sum(axis=1, keepdims=True) / weights.sum(axis=1, keepdims=True)
-    variances = 2 * (weights * (nodes - centres) ** 2).sum(axis=1)
-    return Moments(traces, squares, exact=False, matvecs=0, variances=variances)
+        method += f", {trace.matvecs} matvecs shared with the trace"
+    return trace, replace(frobenius, method=method)

@@ -141,8 +141,11 @@ def test_one_step_tells_nothing_of_the_quadratures_error():
     ):
         low, high = estimate.interval()
         assert np.isfinite(estimate.value)
-        # Gauss and Gauss-Radau bounds of one step are wide, but bounds.
-        assert np.isfinite(high - low) == ("log" in estimate.quantity)
+        if "rank" in estimate.quantity:
+            assert (low, high) == (0, 200)
+        else:
+            # Gauss and Gauss-Radau bounds of one step are wide, but bounds.
+            assert np.isfinite(high - low) == ("log" in estimate.quantity)
 
 
 def test_one_probe_has_a_value_and_no_bounds():

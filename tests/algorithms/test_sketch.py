@@ -8,7 +8,7 @@ from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.moments import Nothing, Samples, Stop
 from spectra.algorithms.probes import Run, seeded, sphere
 from spectra.algorithms.progress import progress_bar
-from spectra.algorithms.sketch import _KrylovPart, _Range, _Sketch
+from spectra.algorithms.sketch import KrylovPart, _Range, _Sketch
 from tests.cases.matrices import dense, operator, s1, s3
 
 
@@ -23,7 +23,7 @@ def krylov_part(h):
     for _ in range(7):
         krylov.step()
     q, core = krylov.basis.numpy(), krylov.projection[:7, :7]
-    return _KrylovPart(h.space, krylov), q.T @ core @ q
+    return KrylovPart(h.space, krylov), q.T @ core @ q
 
 
 def range_part(h):

@@ -254,7 +254,7 @@ def test_sums_over_all_eigenvalues_come_with_the_density():
 
 
 def test_the_samples_of_the_density_begin_those_of_trace_and_norm():
-    analysis = spectra.analyze(Rotated(s3(400)), k=5, probes=4)
+    analysis = spectra.analyze(Rotated(s1(2000)), probes=4)
     assert np.array_equal(analysis.trace.samples[:4], analysis.density.moment_samples(1))
     assert analysis.frobenius_norm.samples[:4] == pytest.approx(analysis.density.moment_samples(2))
     # Those that follow are of other probes.
@@ -281,6 +281,33 @@ def test_sharing_the_samples_leaves_the_trace_unbiased_and_its_error_true():
     assert abs(np.mean(scores)) < 3 * 1.08 / 150**0.5
     assert 0.88 < np.std(scores) < 1.3
     assert abs(np.corrcoef(runs["shared"], runs["independent"])[0, 1]) < 0.25
+
+
+def test_a_krylov_space_of_the_density_is_taken_out_of_the_trace_where_that_pays():
+    values = s2(2000)
+    h = operator(Rotated(values))
+    analysis = spectra.analyze(h)
+    assert "20 Krylov vectors of the density" in analysis.trace.method
+    assert "20 Krylov vectors of the density" in analysis.frobenius_norm.method
+    plain = spectra.trace(h, deflate=analysis.eigenpairs, rtol=0.01)
+    assert analysis.trace.matvecs < 0.7 * plain.matvecs
+    assert len(analysis.trace.samples) == analysis.trace.matvecs + 2
+    # The bases do not stay in memory with the result.
+    assert analysis.density.runs == ()
+    assert "Krylov" not in spectra.analyze(Rotated(s1(2000))).trace.method
+
+
+def test_what_is_taken_out_of_the_trace_leaves_it_unbiased_and_its_interval_true():
+    values = s2(400)
+    h = operator(Rotated(values))
+    runs = [spectra.analyze(h, k=3, steps=12, rtol=0.03, seed=seed) for seed in range(80)]
+    shared = [run for run in runs if "Krylov" in run.trace.method]
+    assert len(shared) > 40
+    norm = np.linalg.norm(values)
+    assert sum(holds(run.trace, values.sum()) for run in shared) >= 0.9 * len(shared)
+    assert sum(holds(run.frobenius_norm, norm) for run in shared) >= 0.88 * len(shared)
+    errors = [(run.trace.value - values.sum()) / run.trace.standard_error for run in shared]
+    assert abs(np.mean(errors)) < 4 / len(shared) ** 0.5
 
 
 def test_a_quadrature_of_one_node_is_no_sample_of_the_squared_norm():
