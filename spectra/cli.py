@@ -218,7 +218,7 @@ def _run(
     if not analysis.converged:
         say(
             "Something did not reach its tolerance, see above: ask for less (--tol, --rtol, "
-            "--top), or hold a larger basis (--ncv)"
+            "--top), allow more (--budget), or hold a larger basis (--ncv)"
         )
     return _CONVERGED if analysis.converged else _NOT_CONVERGED
 

@@ -177,6 +177,8 @@ def spectral_density(
             elif begun is None or i >= begun.probes:
                 run = _Run(operator, steps, probe_generator(seed, i), complement_of=outside)
                 rules.append(run.rule(np.zeros(0), keep_basis, bar))
+                if deflation is not None and run.mixed is not None:
+                    deflation.check(*run.mixed)
             elif begun.steps == steps or begun.ended(i):
                 rules.append(_begun_rule(begun, i, keep_basis))
             else:

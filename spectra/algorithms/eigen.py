@@ -130,10 +130,11 @@ class Eigenpairs(Result):
 
     @property
     def value_errors(self) -> np.ndarray:
-        """(k,) estimated error of each value: residual² / gap, at most the residual.
+        """(k,) order of magnitude of each value's error: residual² / gap, at most the residual.
 
-        An estimate, not a bound: the gap stands on the eigenvalues that are known (Kato, 1949,
-        "On the upper and lower bounds of eigenvalues").
+        An estimate, not a bound; in clusters errors exceed it up to threefold. The gap stands on
+        the eigenvalues that are known (Kato, 1949, "On the upper and lower bounds of
+        eigenvalues").
         """
         gaps = np.maximum(self.gaps - self.residuals, 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -276,18 +277,13 @@ def eigsh(
     before = operator.matvecs
     krylov = Krylov(operator, capacity, generator, start)
     search = Search(krylov, target, tol, budget)
-    provenance = {
-        "operator": operator.describe(),
-        "options": {
-            "k": k,
-            "which": which,
-            "above": above,
-            "tol": tol,
-            "max_matvecs": budget,
-            "ncv": capacity,
-        },
-        "seed": seed,
-        "versions": versions(),
+    options = {
+        "k": k,
+        "which": which,
+        "above": above,
+        "tol": tol,
+        "max_matvecs": budget,
+        "ncv": capacity,
     }
 
     def result(rows: Tensor, values: np.ndarray, residuals: np.ndarray, **more: Any) -> Eigenpairs:
@@ -303,9 +299,14 @@ def eigsh(
             matvecs=operator.matvecs - before,
             above=above,
             basis_size=krylov.capacity,
-            noise=krylov.noise.relative,
+            noise=search.noise,
             floor=search.floor,
-            provenance=provenance,
+            provenance={
+                "operator": operator.describe(),
+                "options": options,
+                "seed": seed,
+                "versions": versions(),
+            },
             **more,
         )
 
@@ -341,13 +342,20 @@ def _more_notes(
     """What the measured residuals tell beyond the recurrence."""
     limits = search.thresholds(values)
     converged = residuals <= limits
-    noise, floor = search.krylov.noise.relative, search.floor
-    notes = noise_notes(noise, floor)
-    if not search.converged:
+    search.take_residuals(values, residuals)
+    floor = search.floor
+    notes = noise_notes(search.noise, floor)
+    if not search.converged and not converged.all():
         notes.append(
             f"{int(converged.sum())} of {len(values)} pairs converged within "
             f"{search.steps + len(values)} matvecs; allow more with max_matvecs, a larger basis "
             "with ncv, or a larger tol"
+        )
+    elif not search.converged:
+        notes.append(
+            f"the budget of {search.steps + len(values)} matvecs ended before the search was sure: "
+            "the residuals are within tol, but nobody looked for missed eigenvalues; allow more "
+            "with max_matvecs"
         )
     # The recurrence is right up to the noise of the products; 2 leaves room for its rounding.
     lost = np.abs(values) <= floor

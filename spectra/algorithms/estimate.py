@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import special
 
+from spectra.algorithms.noise import LOUD
 from spectra.errors import ArgumentError
 from spectra.results import Result
 
@@ -131,7 +132,9 @@ class Estimate(Result):
                 raise ArgumentError(msg)
             return self.bounds
         if self.exact:
-            return (self.value, self.value)
+            # Without a sampling error; but what noisy products add up to is noisy.
+            room = self.floor if self.noise > LOUD else 0.0
+            return (self.value - room, self.value + room)
         return self._interval(len(self.samples), confidence)
 
     def running(self, confidence: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -157,7 +160,8 @@ class Estimate(Result):
     def __str__(self) -> str:
         lines = [f"{self.quantity} = {self.value:.6g}"]
         if self.exact:
-            lines[0] += f" (exact, {self.method}; {self.matvecs} matvecs)"
+            exact = f"exact to ±{self.floor:.2g}" if self.noise > LOUD else "exact"
+            lines[0] += f" ({exact}, {self.method}; {self.matvecs} matvecs)"
         else:
             low, high = self.interval(min(self.confidence, self.bounds_confidence))
             level = self.bounds_confidence if self.bounds is not None else self.confidence

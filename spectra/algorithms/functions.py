@@ -83,6 +83,9 @@ def logdet(
     density, matvecs = density_of(
         H, steps=steps, probes=probes, deflate=deflate, seed=seed, progress=progress
     )
+    if not math.isfinite(shift):
+        msg = f"shift={shift}; expected a finite number"
+        raise ArgumentError(msg)
     smallest = density.support[0]
     if not smallest + shift > 0:
         low = spectral_interval(density, 0.99)[0]
@@ -289,7 +292,8 @@ def effective_rank(
         H, steps=steps, probes=probes, deflate=deflate, seed=seed, progress=progress
     )
     found = with_floor(density, lambda moved: _effective_rank(moved, kind, confidence, matvecs))
-    return _counted(found, density.n)
+    # Only the zero operator has none.
+    return _counted(found, density.n, least=1.0 if any(density.support) else 0.0)
 
 
 def _effective_rank(
@@ -340,12 +344,17 @@ def _effective_rank(
     )
 
 
-def _counted(estimate: Estimate, n: int) -> Estimate:
-    """A number of directions is neither negative nor above n."""
-    if estimate.bounds is None:
+def _counted(estimate: Estimate, n: int, least: float = 0.0) -> Estimate:
+    """A number of directions is neither below the least nor above n."""
+    if estimate.exact:
         return estimate
-    low, high = estimate.bounds
-    return replace(estimate, bounds=(max(low, 0.0), min(high, float(n))))
+    low, high = estimate.interval()
+    return replace(
+        estimate,
+        value=min(max(estimate.value, least), float(n)),
+        bounds=(min(max(low, least), float(n)), max(min(high, float(n)), least)),
+        bounds_confidence=estimate.confidence,
+    )
 
 
 def _ratio(over: float, under: float) -> float:

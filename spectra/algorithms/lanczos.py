@@ -98,6 +98,8 @@ class Krylov:
         self.beta = 0.0
         self.exhausted = False
         """The span of the basis was invariant under H when the last vector was added."""
+        self.mixed: tuple[Tensor, float] | None = None
+        """What the first product had of `complement_of`, and its norm."""
         self.noise = Noise(self.space.n)
         """How unsymmetric the first products were."""
         # Residuals of the first basis vectors towards directions that a fresh start has dropped.
@@ -133,6 +135,9 @@ class Krylov:
         vector = self._operator.apply(self._rows[j])
         self.noise.watch(self.space, self._rows[j], vector, successive=True)
         if self._outside is not None:
+            if j == 0:
+                size = self.space.norm(vector)
+                self.mixed = (self.space.project(self._outside, vector), size)
             probes.remove(self.space, vector, self._outside)
         self.size = j + 1
         coefficients, norm = self._orthogonalise(vector)

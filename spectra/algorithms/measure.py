@@ -169,6 +169,9 @@ class SpectralDensity(Result):
         cover the grid it sums to (n − r)/n.
         """
         edges = np.asarray(edges, dtype=float)
+        if not (np.diff(edges) > 0).all():
+            msg = f"edges={edges}; expected edges of bins in ascending order"
+            raise ArgumentError(msg)
         return broadening.histograms(self.nodes, self.weights, self._widths(width), edges)
 
     def band(
@@ -225,6 +228,7 @@ class SpectralDensity(Result):
             low, high = self._student(self._cdf_per_probe(x), confidence)
         else:
             check_confidence(confidence)
+            self._cdf_per_probe(x)
             x = np.atleast_1d(np.asarray(x, dtype=float))
             known = (self.atoms[:, None] <= x).sum(axis=0) / self.n
             lowers, uppers = counting.brackets(self, x)
@@ -249,7 +253,7 @@ class SpectralDensity(Result):
         return self._quantiles_of(range(self.probes), shares)
 
     def quantile_brackets(self, shares: Any) -> np.ndarray:
-        """(shares, 2) the nodes on either side of each quantile, the outermost over the probes.
+        """(shares, 2) nodes or atoms beside each quantile, the outermost ones over the probes.
 
         The distribution function of a probe steps at its nodes, and is right in between: a
         quantile lies between its node's neighbours (Chebyshev, Markov and Stieltjes), up to the
@@ -259,6 +263,7 @@ class SpectralDensity(Result):
         for i in range(self.probes):
             live = self.nodes[i][self.weights[i] > 0]
             own = self._quantiles_of([i], shares)
+            live = np.sort(np.concatenate([live, self.atoms])) if len(live) else live
             places = np.searchsorted(live, own, side="left") - 1
             lows.append(live[places.clip(0)] if len(live) else own)
             places = np.searchsorted(live, own, side="right")
@@ -384,6 +389,9 @@ class SpectralDensity(Result):
         return broadening.curves(self.nodes, self.weights, self._widths(width), grid)
 
     def _cdf_per_probe(self, x: np.ndarray | float) -> np.ndarray:
+        if np.isnan(x).any():
+            msg = "x holds nan; expected places on the axis of eigenvalues"
+            raise ArgumentError(msg)
         x = np.atleast_1d(np.asarray(x, dtype=float))
         below = (self.nodes[:, :, None] <= x) * self.weights[:, :, None]
         atoms = (self.atoms[:, None] <= x).sum(axis=0) / self.n

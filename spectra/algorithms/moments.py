@@ -13,9 +13,22 @@ from spectra.algorithms.estimate import check_confidence, half_width
 from spectra.errors import ArgumentError
 from spectra.objective.vectors import VectorSpace
 
-__all__ = ["KnownPart", "Moment", "Moments", "Nothing", "Samples", "Stop", "check_tolerances"]
+__all__ = [
+    "SQUARE_WIDENING",
+    "KnownPart",
+    "Moment",
+    "Moments",
+    "Nothing",
+    "Samples",
+    "Stop",
+    "check_tolerances",
+]
 
 Moment = Literal["trace", "square"]
+
+# Squares are more skewed than the quadratic forms of a trace: with one outlier left undeflated,
+# intervals of ten of them covered 90 % at nominal 95 %, and 93 % at this width.
+SQUARE_WIDENING = 1.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +75,7 @@ class Moments:
         if self.exact:
             return 0.0
         if want == "square":
-            return half_width(self.squares, np.zeros(0), confidence)
+            return half_width(self.squares, np.zeros(0), confidence, SQUARE_WIDENING)
         return half_width(self.traces, self.variances, confidence, self.widening)
 
     def target(self, want: Moment, rtol: float, atol: float | None) -> float:

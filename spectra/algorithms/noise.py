@@ -17,8 +17,12 @@ __all__ = ["LOUD", "Noise", "noise_notes"]
 
 # As many pairs tell the noise to a third; then the two vectors they take are given back.
 _WATCHED = 8
+# A defect of so many eps is what single precision leaves in a large network's products.
+_ROUNDING = 8.0
 # Below this, noise is no concern of a reader who looks at three or four digits.
 LOUD = 1e-4
+# Above this no rounding explains it.
+_NOT_SYMMETRIC = 0.3
 
 
 class Noise:
@@ -65,8 +69,8 @@ class Noise:
         if size == 0:
             return
         square = self._n * defect**2
-        if abs(defect) <= 0.5 * space.eps * math.sqrt(size):
-            # Rounding: of vectors with few large entries it has no random direction.
+        if abs(defect) <= _ROUNDING * space.eps * math.sqrt(size):
+            # Rounding has no random direction that √n could be a measure of.
             square = size * space.eps**2
         elif successive and across != 0:
             # η² from n defect² = η² size + n (η² ‖Hu‖² / vᵀHu)², as η² size.
@@ -93,7 +97,7 @@ class Noise:
     def relative(self) -> float:
         """Relative error η of a product, in the root mean square; nan without any pair.
 
-        Not less than eps; and what is below √n eps / 2 may pass for rounding.
+        Not less than eps; and what is below 8 √n eps may pass for rounding.
 
         For a matrix M that is not symmetric it estimates ‖M − Mᵀ‖_F / (√2 ‖M‖_F).
         """
@@ -106,7 +110,13 @@ def noise_notes(noise: float, floor: float, quantity: str = "") -> list[str]:
         return []
     whose = f" of the {quantity}" if quantity else ""
     below = f"below {floor:.1g}" if math.isfinite(floor) else "of that size"
+    if noise > _NOT_SYMMETRIC:
+        return [
+            f"the operator is not symmetric, or its products are random: they differ from those of "
+            f"one symmetric matrix by {noise:.1g} (measured). No digit of this can be relied on"
+        ]
     return [
         f"the products differ from those of one symmetric matrix by {noise:.1g} (measured; half "
-        f"precision, or not deterministic): digits{whose} {below} mean nothing"
+        "precision, not deterministic, or not quite symmetric): digits"
+        f"{whose} {below} mean nothing"
     ]

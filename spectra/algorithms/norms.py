@@ -11,6 +11,7 @@ from spectra.algorithms import probes
 from spectra.algorithms.counting import with_floor
 from spectra.algorithms.density import SpectralDensity, check_counts, spectral_density
 from spectra.algorithms.estimate import Estimate, check_confidence
+from spectra.algorithms.moments import SQUARE_WIDENING
 from spectra.algorithms.noise import noise_notes
 from spectra.algorithms.spectral_norm import lanczos, power_iteration
 from spectra.algorithms.summation import probe_sums, result
@@ -170,8 +171,11 @@ def _check_options(
             "norm) or 'schatten' with p="
         )
         raise ArgumentError(msg)
-    if method not in {"power", "lanczos"} or (method == "lanczos" and ord != 2):
-        msg = f"method={method!r} for ord={ord!r}; expected 'power' or 'lanczos', for ord=2"
+    if method not in {"power", "lanczos"}:
+        msg = f"method={method!r}; expected 'power' or 'lanczos', for ord=2"
+        raise ArgumentError(msg)
+    if method == "lanczos" and ord != 2:
+        msg = f"method='lanczos' is for ord=2 only; leave it out for ord={ord!r}"
         raise ArgumentError(msg)
     if ord == 2 and deflate is not None:
         msg = "deflate is for the other norms; the spectral norm is that of the eigenpairs"
@@ -301,6 +305,7 @@ def frobenius_estimate(
         standard_error=error,
         samples=np.zeros(0) if moments.exact else moments.squares,
         power=2,
+        widening=SQUARE_WIDENING,
         confidence=confidence,
         converged=converged,
         method=method,

@@ -44,6 +44,9 @@ __all__ = [
 
 # Fewer probes tell nothing about their own spread.
 MIN_PROBES = 5
+# The spread of squares tells their error less well: they are more skewed, and each by itself tells
+# nothing of its variance.
+MIN_PROBES_OF_SQUARE = 8
 # Up to this n, products with all unit vectors are cheaper than any estimate.
 SMALL = 32
 
@@ -127,6 +130,7 @@ class Deflation:
             raise ArgumentError(msg)
         self._space = space
         self.values = np.asarray(pairs.values, dtype=np.float64)
+        self._residuals = np.asarray(pairs.residuals, dtype=np.float64)
         self.trace = float(self.values.sum())
         # H q = λ q + r puts r both above and below the diagonal of the deflated block.
         self.square = float((self.values**2).sum() + 2 * (np.asarray(pairs.residuals) ** 2).sum())
@@ -136,7 +140,41 @@ class Deflation:
 
     def take_from(self, vector: Tensor, product: Tensor) -> None:
         """Take the pairs out of the product with a `vector` that has no part in them, in place."""
+        length = self._space.norm(vector)
+        self.check(
+            self._space.project(self.basis, product) / length, self._space.norm(product) / length
+        )
         remove(self._space, product, self.basis)
+
+    def check(self, parts: Tensor, size: float) -> None:
+        """Refuse pairs of another operator, from one product with a vector beside them all.
+
+        For a random unit vector v in their complement qᵀHv = rᵀv is their residual's share of it;
+        pairs that H does not have mix with all of v.
+
+        Parameters
+        ----------
+        parts
+            (r,) inner products qᵀHv.
+        size
+            ‖Hv‖.
+
+        Raises
+        ------
+        ArgumentError
+            The parts are larger than residuals and noise explain.
+        """
+        n = self._space.n
+        own = 10 * math.sqrt(float((self._residuals**2).sum()) / n)
+        noise = 0.5 * size * math.sqrt(len(self) / n)
+        found = float(torch.linalg.vector_norm(parts))
+        if found > own + noise:
+            msg = (
+                f"the eigenpairs to deflate are not those of this operator: a product mixes with "
+                f"them by {found:.2g}, their residuals explain {own / 10:.2g}; pass the result of "
+                "eigsh on the same operator, at the same weights and data"
+            )
+            raise ArgumentError(msg)
 
 
 class Run:
@@ -165,7 +203,8 @@ class Run:
     @property
     def least(self) -> int:
         """Fewest probes whose error is relied on."""
-        return min(MIN_PROBES, self.stop.max_matvecs)
+        fewest = MIN_PROBES_OF_SQUARE if self.stop.want == "square" else MIN_PROBES
+        return min(fewest, self.stop.max_matvecs)
 
     def count(self, products: int = 1) -> None:
         """Products were computed."""

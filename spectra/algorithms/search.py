@@ -99,6 +99,7 @@ class Search:
         self._budget = budget
         self.steps = 0
         self._norm = 0.0
+        self._most_noise = math.nan
 
     def thresholds(self, values: np.ndarray) -> np.ndarray:
         """The residual at which each value counts as converged, relative to it and to ‖H‖."""
@@ -107,10 +108,21 @@ class Search:
         return np.maximum(self.tol * scale, rounding)
 
     @property
+    def noise(self) -> float:
+        """Relative error of a product: as symmetry tells it, and no more than residuals allow."""
+        return float(np.fmin(self.krylov.noise.relative, self._most_noise))
+
+    @property
     def floor(self) -> float:
         """What the measured noise of the products can move an eigenvalue by."""
-        noise = self.krylov.noise.relative
-        return 0.0 if math.isnan(noise) else noise * self._norm
+        return 0.0 if math.isnan(self.noise) else self.noise * self._norm
+
+    def take_residuals(self, values: np.ndarray, residuals: np.ndarray) -> None:
+        """A measured residual contains all of the error of its product, ‖Hx‖ being |λ|."""
+        sizes = np.abs(values)
+        known = sizes > self.krylov.space.eps * self._norm
+        if known.any():
+            self._most_noise = float((residuals[known] / sizes[known]).min())
 
     def run(self) -> None:
         """Step until the wanted pairs have settled, the space is complete, or the budget ends."""
@@ -359,9 +371,9 @@ class Search:
         high, low = self.target.edges(self._chosen_values(self.pairs))
         ranges = []
         if self.above is not None and self.above > high:
-            ranges.append(f"between {high:.4g} and {self.above:.4g}")
+            ranges.append(f"between {high:.6g} and {self.above:.6g}")
         if self.below is not None and self.below < low:
-            ranges.append(f"between {self.below:.4g} and {low:.4g}")
+            ranges.append(f"between {self.below:.6g} and {low:.6g}")
         return (
             f"one more eigenvalue {' or '.join(ranges)} cannot be excluded: a cluster, or a "
             "multiple eigenvalue, may be incomplete"

@@ -67,6 +67,8 @@ def power_iteration(
         )
         upper = max(upper, math.exp((log_growth - math.log(smallest)) / steps))
     notes = [note] if note else []
+    # What the noise may have added to the norm of a product, or to that of all.
+    moved = 0.0 if math.isnan(noise.relative) else noise.relative * rho
     converged = residual <= tol
     if not converged:
         notes.append(
@@ -77,7 +79,7 @@ def power_iteration(
         quantity="spectral norm",
         value=rho,
         standard_error=math.nan,
-        bounds=(rho - rounding, upper),
+        bounds=(rho - rounding - moved, upper + moved),
         bounds_confidence=_CONFIDENCE,
         converged=converged,
         method=f"power iteration, relative residual {residual:.2g}, {signs}",
@@ -127,6 +129,7 @@ def lanczos(
     noise = krylov.noise.relative
     floor = noise * largest
     notes = noise_notes(noise, floor)
+    moved = 0.0 if math.isnan(floor) else floor
     converged = gap <= tol
     if not converged:
         notes.append(
@@ -139,7 +142,7 @@ def lanczos(
         quantity="spectral norm",
         value=largest,
         standard_error=math.nan,
-        bounds=(largest - rounding, upper + rounding),
+        bounds=(largest - rounding - moved, upper + rounding + moved),
         bounds_confidence=_CONFIDENCE,
         converged=converged,
         method=method,

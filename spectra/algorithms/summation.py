@@ -21,7 +21,7 @@ from spectra.algorithms.density import spectral_density
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.algorithms.lanczos import upper_bound
 from spectra.algorithms.measure import SpectralDensity
-from spectra.errors import ArgumentError
+from spectra.errors import ArgumentError, ArgumentTypeError, SpectraError
 
 if TYPE_CHECKING:
     from spectra.algorithms.eigen import Eigenpairs
@@ -214,8 +214,20 @@ def tolerance(density: SpectralDensity) -> float:
 
 def _checked(f: Function, x: np.ndarray) -> np.ndarray:
     """f(x), refused where it is no function of an array or not finite."""
-    with np.errstate(all="ignore"):
-        values = np.asarray(f(x))
+    if not callable(f):
+        msg = f"f is a {type(f).__name__}; expected a function of an array, such as numpy.exp"
+        raise ArgumentTypeError(msg)
+    try:
+        with np.errstate(all="ignore"):
+            values = np.asarray(f(x))
+    except SpectraError:
+        raise
+    except Exception as error:
+        msg = (
+            f"f failed on a NumPy array ({type(error).__name__}: {error}); it takes an array (k,) "
+            "and returns as many real numbers, such as numpy.exp"
+        )
+        raise ArgumentTypeError(msg) from error
     if values.shape != x.shape or values.dtype.kind not in "fiu":
         msg = (
             f"f returned {values.dtype} of shape {values.shape} for {len(x)} eigenvalues; it takes "
@@ -236,6 +248,9 @@ def probe_sums(
     density: SpectralDensity, f: Function, domain: tuple[float, float] = EVERYWHERE
 ) -> ProbeSums:
     """Σ f for each probe, atoms included."""
+    if not domain[0] < domain[1]:
+        msg = f"domain={domain}; expected an interval (low, high) with low < high"
+        raise ArgumentError(msg)
     low, high = density.support
     room = tolerance(density)
     if low < domain[0] - room or high > domain[1] + room:
@@ -261,7 +276,27 @@ def probe_sums(
             # A single step has no half to tell its error by.
             half[i] = known + total(nodes, density.remaining * weights)
             half[i] = half[i] if fewer < len(alphas) else math.inf
+            room = _unseen(f, domain, density.nodes[i, kept], density.n * density.weights[i, kept])
+            half[i] = max(half[i], whole[i] + room)
     return ProbeSums(whole, half)
+
+
+def _unseen(
+    f: Function, domain: tuple[float, float], nodes: np.ndarray, weights: np.ndarray
+) -> float:
+    """What a function with steps may do between the nodes, 0 for one that is no such function.
+
+    The mass of a node may lie anywhere between its neighbours, where a function that has the same
+    value at all nodes, or two values, can be another: rules of fewer steps agree then, and lie.
+    """
+    values = _checked(f, np.clip(nodes, *domain))
+    if len(nodes) < 3 or len(np.unique(values)) > 2:
+        return 0.0
+    ends = np.concatenate([[2 * nodes[0] - nodes[1]], nodes, [2 * nodes[-1] - nodes[-2]]])
+    between = ends[:-1, None] + np.diff(ends)[:, None] * np.linspace(0, 1, 9)
+    heights = _checked(f, np.clip(between.ravel(), *domain)).reshape(between.shape)
+    spread = np.stack([heights[:-1], heights[1:]], axis=1).reshape(len(nodes), -1)
+    return float(weights @ np.abs(spread - values[:, None]).max(axis=1))
 
 
 def _all_known(density: SpectralDensity) -> bool:
@@ -291,7 +326,8 @@ def _estimate(
     matvecs: int,
 ) -> Estimate:
     """The sum of f with the errors of the probes and of the quadrature."""
-    if derivative_signs is not None and not set(derivative_signs) <= {-1, 1}:
+    pair = isinstance(derivative_signs, tuple | list) and len(derivative_signs) == 2
+    if derivative_signs is not None and not (pair and set(derivative_signs) <= {-1, 1}):
         msg = f"derivative_signs={derivative_signs}; expected two of +1 and −1, such as (−1, 1)"
         raise ArgumentError(msg)
     samples = probe_sums(density, f, domain)

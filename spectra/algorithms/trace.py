@@ -164,7 +164,10 @@ def trace_estimate(
         method = "sum of all known eigenvalues" if moments.matvecs == 0 else "n unit vectors"
     elif method is None:
         method = "Hutchinson" if deflation is None else f"Hutchinson, {len(deflation)} deflated"
-    notes = [] if moments.exact else _notes(moments, deflation, atol, half, target)
+    notes = []
+    if not moments.exact:
+        n = provenance.get("operator", {}).get("n", math.inf)
+        notes = _notes(moments, deflation, atol, (half, target), n)
     notes += noise_notes(moments.noise, floor)
     return Estimate(
         quantity="trace",
@@ -188,9 +191,11 @@ def _notes(
     moments: Moments,
     deflation: probes.Deflation | None,
     atol: float | None,
-    half: float,
-    target: float,
+    interval: tuple[float, float],
+    n: float,
 ) -> list[str]:
+    """What to know of a sampled trace; `interval` is its half-width, and that asked for."""
+    half, target = interval
     value, count = float(moments.traces.mean()), len(moments.traces)
     norm = math.sqrt(float(moments.squares.mean()))
     notes = []
@@ -210,5 +215,6 @@ def _notes(
         notes.append(
             f"half-width {half:.2g} after {count} probes, {target:.2g} was asked for: that "
             f"takes about {needed:,} probes, or fewer with {cure}"
+            + (f"; {n:,} products make it exact" if needed > n else "")
         )
     return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,6 +90,12 @@ class Analysis(Result):
             return {}
         counts = self.density.counts()
         nuclear = spectral_sum(self.density, np.abs)
+        if not nuclear.exact:
+            # What is known for certain is a lower bound.
+            known, (low, high) = float(np.abs(self.density.atoms).sum()), nuclear.interval()
+            nuclear = replace(
+                nuclear, bounds=(max(low, known), high), bounds_confidence=nuclear.confidence
+            )
         return {
             "negative eigenvalues": counts[0],
             "eigenvalues near zero": counts[1],
@@ -209,10 +216,11 @@ def analyze(
         "versions": versions(),
     }
     check_eigsh_arguments(operator.space.n, k, which, None, tol)
-    pairs_and_gradient = _eigenpairs(
+    pairs, value, gradient_norm = _eigenpairs(
         ledger, operator, k, which=which, tol=tol, ncv=ncv, seed=seed, progress=progress
     )
-    pairs, value, gradient_norm = pairs_and_gradient
+    # By now the number of batches is known, too.
+    provenance["operator"] = operator.describe()
     notes: list[str] = []
     measure = None
     if density:
@@ -244,6 +252,8 @@ def analyze(
             progress=progress,
             provenance=provenance,
         )
+        if frobenius is not None:
+            frobenius = _not_below_the_norm(frobenius, spectral)
         if measure is not None:
             # The runs have served; their bases would stay in memory with the result.
             measure.keep(())
@@ -283,10 +293,11 @@ def _eigenpairs(
     allowed = ledger.left(10**9)
     share = int(_SHARE_OF_EIGENPAIRS * allowed)
     if share < 2 * k + 1:
+        time = ledger.seconds_for(math.ceil((2 * k + 1) / _SHARE_OF_EIGENPAIRS))
         msg = (
             f"the budget holds {allowed} matvecs, of which {k} eigenpairs may take {share}; they "
             f"need at least {2 * k + 1}: ask for fewer, or allow "
-            f"{int((2 * k + 2) / _SHARE_OF_EIGENPAIRS)} matvecs"
+            f"{math.ceil((2 * k + 1) / _SHARE_OF_EIGENPAIRS)} matvecs{time}"
         )
         raise ArgumentError(msg)
     most = min(20 * k + 200, share)
@@ -376,9 +387,11 @@ def _spectral_norm(
             return _norm_from_density(pairs, measure)
     place = int(np.argmax(np.abs(pairs.values)))
     value, residual = float(np.abs(pairs.values[place])), float(pairs.residuals[place])
-    residual += 4 * operator.space.eps * value
-    upper = max([value + residual, *(abs(end) for end in ends if end is not None)])
+    residual += 4 * operator.space.eps * value + (0.0 if np.isnan(pairs.floor) else pairs.floor)
     certified = complete or None not in ends
+    upper = max([value + residual, *(abs(end) for end in ends if end is not None)])
+    if not certified:
+        upper = np.inf
     return Estimate(
         quantity="spectral norm",
         value=value,
@@ -387,7 +400,9 @@ def _spectral_norm(
         bounds_confidence=pairs.certificate_confidence,
         converged=bool(pairs.converged[place]),
         method="Lanczos, with the eigenpairs",
-        notes=() if certified else ("no search for missed eigenvalues stands behind this bound",),
+        notes=() if certified else ("no search for missed eigenvalues bounds it from above",),
+        noise=pairs.noise,
+        floor=pairs.floor,
         provenance=pairs.provenance,
     )
 
@@ -396,14 +411,17 @@ def _norm_from_density(pairs: Eigenpairs, measure: SpectralDensity) -> Estimate:
     """‖H‖ between the largest node and the bounds that the quadrature's runs contain."""
     value = max(map(abs, measure.support))
     low, high = spectral_interval(measure, pairs.certificate_confidence)
+    room = 1e-12 * value + (0.0 if np.isnan(measure.floor) else measure.floor)
     return Estimate(
         quantity="spectral norm",
         value=value,
         standard_error=float("nan"),
-        bounds=(value * (1 - 1e-12), max(abs(low), abs(high), value)),
+        bounds=(value - room, max(abs(low), abs(high), value) + room),
         bounds_confidence=pairs.certificate_confidence,
         converged=max(abs(low), abs(high)) <= (1 + pairs.tol) * value,
         method="Lanczos, with the density",
+        noise=measure.noise,
+        floor=measure.floor,
         provenance=pairs.provenance,
     )
 
@@ -474,3 +492,22 @@ def _trace_and_frobenius(
     if trace.matvecs:
         method += f", {trace.matvecs} matvecs shared with the trace"
     return trace, replace(frobenius, method=method)
+
+
+def _not_below_the_norm(frobenius: Estimate, spectral: Estimate) -> Estimate:
+    """‖H‖_F is no less than ‖H‖₂: where few probes missed what the Lanczos runs found, say so."""
+    least = spectral.value
+    if frobenius.value >= least or frobenius.exact:
+        return frobenius
+    note = (
+        f"the probes put this at {frobenius.value:.4g}, below the spectral norm: they missed large "
+        "eigenvalues that are known; deflate both ends (which='LM' or 'BE')"
+    )
+    return replace(
+        frobenius,
+        value=least,
+        bounds=(least, np.inf),
+        bounds_confidence=frobenius.confidence,
+        converged=False,
+        notes=(*frobenius.notes, note),
+    )

@@ -17,6 +17,9 @@ __all__ = ["Budget", "Ledger", "parse_budget"]
 Budget = int | str | None
 T = TypeVar("T")
 
+# Products that are spent to time them.
+_TIMED = 2
+
 _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
@@ -49,19 +52,24 @@ def parse_budget(budget: Budget) -> tuple[int | None, float | None]:
 class Ledger:
     """What each part of a run has cost, and what the budget still holds.
 
-    A time is turned into products by the measured speed of those before; one is spent to begin.
+    A time is turned into products by the measured speed of those before; two are spent to begin.
     """
 
     def __init__(self, operator: SymmetricOperator, budget: Budget) -> None:
         self._operator = operator
         self._most_matvecs, self._most_seconds = parse_budget(budget)
+        self._seconds_per_product = 0.0
         self._begun, self._start = operator.matvecs, time.perf_counter()
         self.matvecs: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         if self._most_seconds is not None:
             probe = operator.space.zeros()
             probe[0] = 1.0
-            self.timed("timing", lambda: operator.apply(probe))
+            # The first product pays for what later ones find ready.
+            for _ in range(_TIMED):
+                begun = time.perf_counter()
+                self.timed("timing", lambda: operator.apply(probe))
+                self._seconds_per_product = time.perf_counter() - begun
 
     def timed(self, name: str, part: Callable[[], T]) -> T:
         """The result of `part`, its cost noted under `name`."""
@@ -83,12 +91,19 @@ class Ledger:
         if self._most_seconds is None:
             return otherwise
         seconds = self._most_seconds - (time.perf_counter() - self._start)
-        return int(max(0, min(otherwise, seconds / max(self._seconds_per_product(), 1e-9))))
+        parts = [name for name, count in self.matvecs.items() if count and name != "timing"]
+        if parts:
+            spent = sum(self.seconds[name] for name in parts)
+            self._seconds_per_product = spent / sum(self.matvecs[name] for name in parts)
+        return int(max(0, min(otherwise, seconds / max(self._seconds_per_product, 1e-9))))
+
+    def seconds_for(self, count: int) -> str:
+        """How long so many products take, in words, where the budget is a time."""
+        if self._most_seconds is None:
+            return ""
+        seconds = count * self._seconds_per_product
+        return f", which take about {seconds:.2g} s at {self._seconds_per_product:.2g} s each"
 
     @property
     def _spent(self) -> int:
         return self._operator.matvecs - self._begun
-
-    def _seconds_per_product(self) -> float:
-        parts = sum(seconds for name, seconds in self.seconds.items() if self.matvecs[name])
-        return parts / self._spent

@@ -404,7 +404,8 @@ def test_deflation_is_unbiased_even_by_vectors_that_are_no_eigenvectors():
     matrix = dense(values)
     q = orthogonal(150, 9)[:, :6]
     quotients = np.einsum("ni,nm,mi->i", q, matrix, q)
-    given = SimpleNamespace(values=quotients, vectors=q, residuals=np.zeros(6))
+    residuals = np.linalg.norm(matrix @ q - q * quotients, axis=0)
+    given = SimpleNamespace(values=quotients, vectors=q, residuals=residuals)
     runs = np.array(
         [
             spectra.trace(matrix, deflate=given, rtol=1e-9, max_matvecs=6, seed=seed).value
@@ -412,6 +413,29 @@ def test_deflation_is_unbiased_even_by_vectors_that_are_no_eigenvectors():
         ]
     )
     assert abs(runs.mean() - values.sum()) < 3 * runs.std() / 20
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda h, pairs: spectra.trace(h, deflate=pairs),
+        lambda h, pairs: spectra.norm(h, "fro", deflate=pairs),
+        lambda h, pairs: spectra.norm(h, "nuc", deflate=pairs),
+        lambda h, pairs: spectra.spectral_density(h, deflate=pairs, steps=10),
+    ],
+    ids=["trace", "frobenius", "nuclear", "density"],
+)
+def test_eigenpairs_of_another_operator_are_refused_by_the_first_product(question):
+    # Those of an earlier checkpoint, say.
+    pairs = spectra.eigsh(dense(s1(300), seed=0), 5)
+    h = operator(dense(s3(300), seed=1))
+    with pytest.raises(ArgumentError, match="not those of this operator"):
+        question(h, pairs)
+    assert h.matvecs <= 20
+    # A fifth away is another operator, too.
+    near = dense(s1(300), seed=0) + 0.2 * dense(s1(300), seed=2)
+    with pytest.raises(ArgumentError, match="not those of this operator"):
+        question(near, pairs)
 
 
 @pytest.mark.parametrize("make", [s1, s2, s3], ids=lambda make: make.__name__)

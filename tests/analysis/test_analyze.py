@@ -213,7 +213,7 @@ def test_a_budget_of_seconds_ends_the_run():
     values = semicircle(1000)
     # Without a budget this takes hundreds of products.
     analysis = spectra.analyze(Slow(values), k=3, rtol=1e-6, budget="0.6s")
-    assert analysis.matvecs["timing"] == 1
+    assert analysis.matvecs["timing"] == 2
     assert 10 <= analysis.total_matvecs <= 62
     assert not analysis.converged
 

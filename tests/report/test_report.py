@@ -189,7 +189,11 @@ def test_loss_and_gradient_are_there_for_a_hessian_only(analysis, page, tmp_path
 
 def test_the_cost_of_every_part_adds_up(analysis, page):
     for name, count in analysis.matvecs.items():
-        assert page.row(name)[1] == str(count) or name in {"trace", "spectral norm"}
+        assert page.row(name)[1] == str(count) or name in {
+            "trace",
+            "spectral norm",
+            "Frobenius norm",
+        }
     assert page.row("total")[1] == str(analysis.total_matvecs)
 
 
