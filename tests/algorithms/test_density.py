@@ -677,3 +677,27 @@ def test_the_bracket_of_a_quantile_is_exact_where_all_eigenvalues_are_known():
     matrix = np.diag([1.0, 2.0, 3.0, 4.0])
     density = spectra.spectral_density(matrix, deflate=spectra.eigsh(matrix, 4))
     assert density.quantile_brackets([0.5]).tolist() == [[2.0, 2.0]]
+
+
+# --- what a first user found ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_quantiles_are_within_their_brackets_beside_atoms(seed):
+    values = np.concatenate([np.linspace(0.2, 1, 10), np.linspace(-0.1, 0.19, 60)])
+    matrix = dense(values, seed)
+    density = spectra.spectral_density(matrix, steps=8, probes=3, deflate=spectra.eigsh(matrix, 10))
+    shares = np.linspace(0, 1, 41)
+    low, high = density.quantile_brackets(shares).T
+    found = density.quantiles(shares)
+    assert (low <= found).all()
+    assert (found <= high).all()
+
+
+def test_places_that_are_none_are_refused():
+    density = spectra.spectral_density(dense(s1(50)), steps=5, probes=3)
+    for ask in (density.cdf, density.cdf_band, lambda x: density.cdf_band(x, kind="rigorous")):
+        with pytest.raises(ArgumentError, match="x holds nan"):
+            ask(np.array([0.0, np.nan]))
+    with pytest.raises(ArgumentError, match="ascending order"):
+        density.histogram(np.array([3.0, 2.0, 1.0]))

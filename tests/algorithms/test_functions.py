@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 import spectra
 from spectra.algorithms.summation import spectral_interval
-from spectra.errors import ArgumentError
+from spectra.errors import ArgumentError, ArgumentTypeError
 from tests.cases.matrices import (
     Noisy,
     Rotated,
@@ -281,3 +282,53 @@ def test_wrong_arguments_are_refused(call, message):
     density = spectra.spectral_density(dense(np.linspace(-1, 2, 30)), steps=5, probes=2)
     with pytest.raises(ArgumentError, match=message):
         call(density)
+
+
+# --- what a first user found ------------------------------------------------------------------
+
+
+def test_a_step_between_the_nodes_is_not_taken_for_a_constant():
+    values = np.concatenate([np.linspace(100, 1, 10), np.linspace(-0.05, 0.29, 290)])
+    truth = (values > 0.05).sum()
+    for seed in range(20):
+        found = spectra.spectral_sum(
+            Rotated(values), lambda x: (x > 0.05) * 1.0, steps=10, probes=3, seed=seed
+        )
+        low, high = found.interval()
+        assert low < truth < high
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        ("exp", "f is a str; expected a function"),
+        (torch.exp, "f failed on a NumPy array"),
+        (lambda x, y: x, "f failed on a NumPy array"),
+    ],
+)
+def test_what_is_no_function_of_an_array_is_refused(f, message):
+    density = spectra.spectral_density(dense(s1(50)), steps=5, probes=2)
+    with pytest.raises(ArgumentTypeError, match=message):
+        spectra.spectral_sum(density, f)
+
+
+def test_options_that_mean_nothing_are_refused():
+    density = spectra.spectral_density(dense(s1(50)), steps=5, probes=2)
+    with pytest.raises(ArgumentError, match="expected two of"):
+        spectra.spectral_sum(density, np.exp, derivative_signs=1)
+    with pytest.raises(ArgumentError, match="low < high"):
+        spectra.spectral_sum(density, np.exp, domain=(1, 0))
+    with pytest.raises(ArgumentError, match="shift=nan; expected a finite"):
+        spectra.logdet(density, np.nan)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_ranks_stay_within_what_is_possible(seed):
+    values = np.concatenate([[30, -29, 10, -10], np.random.default_rng(4).normal(0, 0.2, 196)])
+    density = spectra.spectral_density(Rotated(values), steps=8, probes=2, seed=seed)
+    for kind in ("entropy", "stable"):
+        rank = spectra.effective_rank(density, kind=kind)
+        low, high = rank.interval()
+        assert 1 <= low <= rank.value <= high <= 200
+    low, high = spectra.participation_ratio(density).interval()
+    assert 0 <= low <= high <= 200

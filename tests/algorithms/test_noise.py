@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.sparse.linalg
 import torch
 
 import spectra
@@ -84,3 +85,40 @@ def test_nothing_was_measured_without_a_pair():
     assert math.isnan(Noise(5).relative)
     assert noise_notes(math.nan, math.nan) == []
     assert noise_notes(1e-6, 1e-4) == []
+
+
+class Rounded(Diagonal):
+    """diag(values) whose products are rounded to half precision."""
+
+    def _matvec(self, x):
+        return super()._matvec(x).astype(np.float16).astype(float)
+
+
+@pytest.mark.parametrize("method", ["power", "lanczos"])
+@pytest.mark.parametrize("seed", range(6))
+def test_bounds_of_the_spectral_norm_contain_the_noise(method, seed):
+    values = np.concatenate([np.linspace(100, 1, 10), np.linspace(-0.05, 0.29, 90)])
+    found = spectra.norm(Rounded(values), method=method, seed=seed)
+    low, high = found.interval(0.99)
+    assert low <= 100 <= high
+
+
+def test_what_noisy_products_add_up_to_is_not_exact():
+    values = np.concatenate([np.linspace(100, 1, 10), np.linspace(-0.05, 0.29, 90)])
+    found = spectra.trace(Noisy(values, 1e-2), rtol=1e-6)
+    low, high = found.interval()
+    assert low < values.sum() < high
+
+
+def test_an_operator_that_is_not_symmetric_is_called_that():
+    matrix = np.random.default_rng(0).normal(size=(100, 100))
+    h = scipy.sparse.linalg.aslinearoperator(matrix)
+    for found in (spectra.norm(h), spectra.norm(h, method="lanczos"), spectra.eigsh(h, 3)):
+        assert any("not symmetric" in note for note in found.notes)
+
+
+def test_a_measured_residual_bounds_the_noise():
+    # In single precision symmetry can tell the noise of long vectors only to 8 √n eps.
+    pairs = spectra.eigsh(Rotated(s1(100_000), dtype=np.float32), 3)
+    assert pairs.noise < 1e-5
+    assert pairs.notes == ()

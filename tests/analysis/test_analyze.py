@@ -569,3 +569,46 @@ def test_wrong_arguments_are_refused_before_any_work(options, kind, message, mon
     with pytest.raises(kind, match=message):
         spectra.analyze(h, **{"k": 3, **options})
     assert h.matvecs == 0
+
+
+# --- what a first user found ------------------------------------------------------------------
+
+
+def test_the_frobenius_norm_is_never_below_the_spectral_norm():
+    values = np.concatenate([[80.0, -10.0, -8.0], np.random.default_rng(0).normal(0, 0.3, 200)])
+    for seed in range(5):
+        analysis = spectra.analyze(Rotated(values), k=2, which="SA", budget=25, seed=seed)
+        frobenius = analysis.frobenius_norm
+        assert frobenius.value >= analysis.spectral_norm.value
+        low, high = frobenius.interval()
+        assert low <= np.linalg.norm(values) <= high
+
+
+def test_a_slow_first_product_does_not_use_up_a_budget_of_seconds():
+    class Cold(Diagonal):
+        def _matvec(self, x):
+            time.sleep(0.3 if self.shape[0] not in seen else 0.0)
+            seen.add(self.shape[0])
+            return super()._matvec(x)
+
+    seen = set()
+    analysis = spectra.analyze(Cold(s1(300)), k=4, budget="5s")
+    assert analysis.converged
+    assert analysis.notes == ()
+
+
+def test_a_time_too_short_is_told_in_seconds():
+    class Slow(Diagonal):
+        def _matvec(self, x):
+            time.sleep(0.01)
+            return super()._matvec(x)
+
+    with pytest.raises(ArgumentError, match=r"matvecs, which take about 0\.\d+ s at 0\.01\d* s"):
+        spectra.analyze(Slow(s1(300)), budget="0.2s")
+
+
+def test_the_number_of_batches_is_in_the_provenance():
+    h, _ = tanh_network()
+    analysis = spectra.analyze(h, k=2)
+    assert analysis.provenance["operator"]["batches"] == 2
+    assert analysis.eigenpairs.provenance["operator"]["batches"] == 2
