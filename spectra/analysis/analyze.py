@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -192,6 +194,9 @@ def analyze(
     ------
     ArgumentError
         As `eigsh`, `spectral_density` and `trace` do; a budget too small for k eigenpairs.
+
+    An exception that ends the run after the eigenpairs, Ctrl-C included, has them as its attribute
+    `partial`; one that ends their search has what `eigsh` says.
     """
     operator = as_operator(H)
     # All that later parts would refuse is refused now, before a product; eigsh comes first.
@@ -222,43 +227,43 @@ def analyze(
     # By now the number of batches is known, too.
     provenance["operator"] = operator.describe()
     notes: list[str] = []
-    measure = None
-    if density:
-        measure = _density(
-            ledger,
-            operator,
-            pairs,
-            steps=steps,
-            probes=probes,
-            kept=_KEPT_FOR_TRACE if trace else 0,
-            seed=int(streams[0]),
-            progress=progress,
+    measure = trace_result = frobenius = None
+    with _kept(pairs):
+        if density:
+            measure = _density(
+                ledger,
+                operator,
+                pairs,
+                steps=steps,
+                probes=probes,
+                kept=_KEPT_FOR_TRACE if trace else 0,
+                seed=int(streams[0]),
+                progress=progress,
+            )
+            notes += _density_notes(measure, steps, probes)
+        spectral = ledger.timed(
+            "spectral norm",
+            lambda: _spectral_norm(ledger, operator, pairs, measure, seed=seed, progress=progress),
         )
-        notes += _density_notes(measure, steps, probes)
-    spectral = ledger.timed(
-        "spectral norm",
-        lambda: _spectral_norm(ledger, operator, pairs, measure, seed=seed, progress=progress),
-    )
-    trace_result = frobenius = None
-    if trace:
-        trace_result, frobenius = _trace_and_frobenius(
-            ledger,
-            operator,
-            pairs,
-            measure,
-            rtol=rtol,
-            max_matvecs=max_matvecs,
-            seeds=(int(streams[1]), int(streams[2])),
-            progress=progress,
-            provenance=provenance,
-        )
-        if frobenius is not None:
-            frobenius = _not_below_the_norm(frobenius, spectral)
-        if measure is not None:
-            # The runs have served; their bases would stay in memory with the result.
-            measure.keep(())
-        if trace_result is None:
-            notes.append("the budget left no products for trace and Frobenius norm")
+        if trace:
+            trace_result, frobenius = _trace_and_frobenius(
+                ledger,
+                operator,
+                pairs,
+                measure,
+                rtol=rtol,
+                max_matvecs=max_matvecs,
+                seeds=(int(streams[1]), int(streams[2])),
+                progress=progress,
+                provenance=provenance,
+            )
+            if frobenius is not None:
+                frobenius = _not_below_the_norm(frobenius, spectral)
+            if measure is not None:
+                # The runs have served; their bases would stay in memory with the result.
+                measure.keep(())
+            if trace_result is None:
+                notes.append("the budget left no products for trace and Frobenius norm")
     return Analysis(
         eigenpairs=pairs,
         spectral_norm=spectral,
@@ -272,6 +277,17 @@ def analyze(
         notes=tuple(notes),
         provenance=provenance,
     )
+
+
+@contextlib.contextmanager
+def _kept(pairs: Eigenpairs) -> Iterator[None]:
+    """Whatever exception ends what comes after the eigenpairs has them as `partial`."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(AttributeError):
+            error.partial = pairs  # type: ignore[attr-defined]
+        raise
 
 
 def _brief(estimate: Estimate) -> str:

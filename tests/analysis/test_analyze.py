@@ -612,3 +612,13 @@ def test_the_number_of_batches_is_in_the_provenance():
     analysis = spectra.analyze(h, k=2)
     assert analysis.provenance["operator"]["batches"] == 2
     assert analysis.eigenpairs.provenance["operator"]["batches"] == 2
+
+
+@pytest.mark.parametrize("at", [40, 60, 95])
+def test_eigenpairs_survive_what_fails_after_them(at):
+    values = s1(1000)
+    with pytest.raises(NonFiniteError, match=f"matvec {at}") as caught:
+        spectra.analyze(Poisoned(values, at))
+    pairs = caught.value.partial
+    assert pairs.values == pytest.approx(values[:10], rel=1e-5)
+    assert pairs.certified
