@@ -407,6 +407,13 @@ def test_the_smallest_eigenvalues_can_be_asked_for(place, undrawn):
     np.testing.assert_allclose(summary["eigenpairs"]["values"], exact, rtol=1e-5)
 
 
+def test_a_budget_is_kept_and_what_it_left_out_is_said(place, undrawn):
+    summary = analyzed("targets.py:problem", "--top", "3", "--budget", "30", status=1)
+    assert summary["matvecs"]["total"] <= 30
+    assert summary["notes"]
+    assert "participation ratio" in summary["sums"]
+
+
 @pytest.mark.parametrize(
     ("options", "trace", "density"),
     [
@@ -513,6 +520,7 @@ def test_a_figure_that_fails_costs_no_result(place, monkeypatch, capsys):
         ("targets.py:operator --graph retained", "which has --graph and --microbatch settled"),
         ("targets.py:operator --microbatch 3", "which has --graph and --microbatch settled"),
         ("targets.py:problem --top 40", "--top 40, but there are only 39 parameters"),
+        ("targets.py:problem --top 5 --budget 12", "the budget holds 12 matvecs, of which 5"),
         ("targets.py:problem --top 5 --ncv 5", "ncv=5 is too small for k=5"),
         ("--params 2.* targets.py:problem", "put TARGET before --params"),
         ("", "nothing to analyse: give TARGET"),
@@ -542,6 +550,7 @@ def test_wrong_input_is_named_in_one_line_with_the_fix(arguments, message, place
         ("analyze targets.py:problem --out run --top ten", "'ten' is not an integer"),
         ("analyze targets.py:problem --out run --tol 0", "'0' is not a positive number"),
         ("analyze targets.py:problem --out run --rtol nan", "'nan' is not a positive number"),
+        ("analyze targets.py:problem --out run --budget soon", "budget='soon'; expected a number"),
         ("analyze targets.py:problem --out run --seed -1", "'-1' is not an integer of at least 0"),
         ("analyze targets.py:problem --out run --which SM", "invalid choice: 'SM'"),
         ("analyze targets.py:problem --out run --prob 3", "unrecognized arguments: --prob"),
