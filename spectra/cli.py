@@ -29,7 +29,7 @@ from spectra.analysis.budget import parse_budget
 from spectra.errors import ArgumentError, ArgumentTypeError, SpectraError, TargetError
 from spectra.operators.base import SymmetricOperator
 from spectra.operators.hessian import HessianOperator
-from spectra.oracle.hvp import Graph
+from spectra.oracle.graphs import GraphPolicy
 from spectra.results import versions
 
 __all__ = ["main"]
@@ -123,7 +123,7 @@ def _demo(arguments: argparse.Namespace) -> Callable[[], int]:
     _say(
         f"{time.perf_counter() - start:.1f} s; {right / images:.1%} of the images are recognised\n"
     )
-    operator = HessianOperator(model, loss, data, graph="retained")
+    operator = HessianOperator(model, loss, data)
     return functools.partial(
         _run,
         operator,
@@ -276,7 +276,7 @@ def _from_text(
         loss,
         data,
         arguments.params,
-        graph=arguments.graph or "fresh",
+        graph=arguments.graph or "auto",
         microbatch=arguments.microbatch,
     )
     title = f"{arguments.hf.resolve().name} on {arguments.text.name}"
@@ -315,7 +315,7 @@ def _from_target(arguments: argparse.Namespace) -> tuple[SymmetricOperator, str,
         msg = f"{target} returned {what}, expected a HessianOperator or (model, loss, data)"
         raise TargetError(msg)
     model, loss, data = made
-    graph: Graph = arguments.graph or "fresh"
+    graph: GraphPolicy = arguments.graph or "auto"
     operator = HessianOperator(
         model, loss, data, params, graph=graph, microbatch=arguments.microbatch
     )
@@ -554,8 +554,9 @@ def _add_means(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--graph",
-        choices=("fresh", "retained"),
-        help="retained: a third faster, memory of all batches (default: fresh)",
+        choices=("auto", "retained", "fresh"),
+        help="retained: a third faster, memory of all batches; fresh: memory of one (default: "
+        "auto, as many batches as half of the free memory holds)",
     )
     add("--microbatch", type=_positive, metavar="N", help="samples at a time, to bound memory")
     add("--ncv", type=_positive, metavar="N", help="most vectors to hold (default: by free memory)")

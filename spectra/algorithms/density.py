@@ -176,6 +176,8 @@ def spectral_density(
                 rules.append(rules[0])
             elif begun is None or i >= begun.probes:
                 run = _Run(operator, steps, probe_generator(seed, i), complement_of=outside)
+                if deflation is not None:
+                    run.noise.limit = deflation.most_noise
                 rules.append(run.rule(np.zeros(0), keep_basis, bar))
                 if deflation is not None and run.mixed is not None:
                     deflation.check(*run.mixed)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from torch import Tensor
 
 from spectra.objective.vectors import VectorSpace
 
-__all__ = ["LOUD", "Noise", "noise_notes"]
+__all__ = ["LOUD", "Noise", "most_noise", "noise_notes"]
 
 # As many pairs tell the noise to a third; then the two vectors they take are given back.
 _WATCHED = 8
@@ -40,6 +41,8 @@ class Noise:
         self._sizes = 0.0
         self._count = 0
         self._last: tuple[Tensor, Tensor] | None = None
+        self.limit = math.nan
+        """The most that measured residuals leave room for; nan where there are none."""
 
     def compare(
         self,
@@ -101,7 +104,26 @@ class Noise:
 
         For a matrix M that is not symmetric it estimates ‖M − Mᵀ‖_F / (√2 ‖M‖_F).
         """
-        return math.sqrt(self._defects / self._sizes) if self._count else math.nan
+        if not self._count:
+            return math.nan
+        return float(np.fmin(math.sqrt(self._defects / self._sizes), self.limit))
+
+
+def most_noise(values: np.ndarray, residuals: np.ndarray, rounding: float) -> float:
+    """The most noise that eigenpairs with measured residuals leave room for; nan if none tells.
+
+    A measured residual contains all of the error of its product, ‖Hx‖ being |λ|.
+
+    Parameters
+    ----------
+    values, residuals
+        (k,) of the pairs.
+    rounding
+        Values up to this size may be zero.
+    """
+    sizes = np.abs(values)
+    known = sizes > rounding
+    return float((residuals[known] / sizes[known]).min()) if known.any() else math.nan
 
 
 def noise_notes(noise: float, floor: float, quantity: str = "") -> list[str]:

@@ -22,7 +22,7 @@ from spectra.algorithms.moments import (
     Stop,
     check_tolerances,
 )
-from spectra.algorithms.noise import Noise
+from spectra.algorithms.noise import Noise, most_noise
 from spectra.algorithms.progress import progress_bar
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.objective.vectors import VectorSpace
@@ -105,6 +105,8 @@ class Deflation:
         The sum of those.
     square
         What they contribute to the squared Frobenius norm, their residuals included.
+    most_noise
+        The most noise of the products that their residuals leave room for.
     """
 
     def __init__(self, operator: SymmetricOperator, pairs: Any) -> None:
@@ -132,6 +134,8 @@ class Deflation:
         self.values = np.asarray(pairs.values, dtype=np.float64)
         self._residuals = np.asarray(pairs.residuals, dtype=np.float64)
         self.trace = float(self.values.sum())
+        rounding = space.eps * float(np.abs(self.values).max(initial=0.0))
+        self.most_noise = most_noise(self.values, self._residuals, rounding)
         # H q = λ q + r puts r both above and below the diagonal of the deflated block.
         self.square = float((self.values**2).sum() + 2 * (np.asarray(pairs.residuals) ** 2).sum())
 
@@ -294,6 +298,8 @@ def sample_moments(
     stop = Stop(want, rtol, atol, confidence, max_matvecs)
     with progress_bar(want, max_matvecs, progress) as bar:
         run = Run(operator, stop, seed, bar)
+        if deflation is not None:
+            run.noise.limit = deflation.most_noise
         if deflation is not None and len(deflation) == run.space.n:
             return run.known(deflation.trace, deflation.square)
         if deflation is None and begun is None and run.small:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from spectra.algorithms.lanczos import Krylov, RitzPairs, upper_bound
+from spectra.algorithms.noise import most_noise
 from spectra.operators.base import SymmetricOperator
 
 __all__ = ["CERTIFICATE_CONFIDENCE", "CERTIFICATE_STEPS", "Search", "Target", "Which"]
@@ -99,7 +100,6 @@ class Search:
         self._budget = budget
         self.steps = 0
         self._norm = 0.0
-        self._most_noise = math.nan
 
     def thresholds(self, values: np.ndarray) -> np.ndarray:
         """The residual at which each value counts as converged, relative to it and to ‖H‖."""
@@ -110,7 +110,7 @@ class Search:
     @property
     def noise(self) -> float:
         """Relative error of a product: as symmetry tells it, and no more than residuals allow."""
-        return float(np.fmin(self.krylov.noise.relative, self._most_noise))
+        return self.krylov.noise.relative
 
     @property
     def floor(self) -> float:
@@ -118,11 +118,9 @@ class Search:
         return 0.0 if math.isnan(self.noise) else self.noise * self._norm
 
     def take_residuals(self, values: np.ndarray, residuals: np.ndarray) -> None:
-        """A measured residual contains all of the error of its product, ‖Hx‖ being |λ|."""
-        sizes = np.abs(values)
-        known = sizes > self.krylov.space.eps * self._norm
-        if known.any():
-            self._most_noise = float((residuals[known] / sizes[known]).min())
+        """No more noise than the measured residuals leave room for."""
+        rounding = self.krylov.space.eps * self._norm
+        self.krylov.noise.limit = most_noise(values, residuals, rounding)
 
     def run(self) -> None:
         """Step until the wanted pairs have settled, the space is complete, or the budget ends."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from spectra.errors import ArgumentTypeError, DataError
 from spectra.objective.keeping import random_state_kept
 
-__all__ = ["leading_dimension", "map_tensors", "reiterable", "to_device"]
+__all__ = ["leading_dimension", "map_tensors", "reiterable", "tensors_of", "to_device"]
 
 
 def reiterable(data: Any, *, hold_data: bool = False) -> Iterable[Any]:
@@ -57,6 +57,18 @@ def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return batch
 
 
+def tensors_of(batch: Any) -> list[Tensor]:
+    """All tensors of a batch, in order."""
+    tensors: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    map_tensors(batch, note)
+    return tensors
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on a device, ready to be differentiated through."""
     # A tensor made under inference_mode cannot enter a graph; its clone can.
@@ -71,13 +83,7 @@ def leading_dimension(batch: Any, label: str) -> int:
     DataError
         They do not share one.
     """
-    sizes: set[int] = set()
-
-    def note(tensor: Tensor) -> Tensor:
-        sizes.add(tensor.shape[0] if tensor.dim() else -1)
-        return tensor
-
-    map_tensors(batch, note)
+    sizes = {tensor.shape[0] if tensor.dim() else -1 for tensor in tensors_of(batch)}
     if len(sizes) != 1 or -1 in sizes:
         msg = (
             f"{label} cannot be split into microbatches: its tensors have first dimensions "

@@ -15,6 +15,7 @@ from spectra.errors import StochasticModelError
 
 __all__ = [
     "buffers_kept",
+    "checksums",
     "gradients_on",
     "random_draws_refused",
     "random_state_kept",
@@ -23,6 +24,12 @@ __all__ = [
     "versions",
     "without_hooks",
 ]
+
+# Entries in one sum: few enough that single precision shows any change that matters. Their weights
+# differ, so that entries that change places show too.
+_PIECE = 1 << 12
+# Entries converted at a time.
+_SLICE = 1 << 24
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:
@@ -59,9 +66,41 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
     """Equal as long as no tensor was changed by an operation that autograd counts."""
     # Memory may be exchanged without a new version, by .data; sparse tensors tell no address.
     return tuple(
-        (tensor._version, tensor.data_ptr() if tensor.layout == torch.strided else 0)
+        (
+            0 if tensor.is_inference() else tensor._version,
+            tensor.data_ptr() if tensor.layout == torch.strided else 0,
+        )
         for tensor in tensors
     )
+
+
+@torch.no_grad()
+def checksums(tensors: Iterable[Tensor]) -> bytes:
+    """Weighted sums of the tensors' entries: changes behind autograd's back show in them.
+
+    Optimisers that write through `.data` count no version. Costs one reading of the tensors.
+    """
+    sums = []
+    for tensor in tensors:
+        if tensor.layout != torch.strided:
+            continue
+        flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        flat = flat.detach().reshape(-1)
+        for start in range(0, len(flat), _SLICE):
+            # No copy of what is in single precision already.
+            entries = flat[start : start + _SLICE].float()
+            weights = torch.arange(1.0, 1.0 + _PIECE, device=entries.device)
+            whole = len(entries) // _PIECE * _PIECE
+            sums.append(torch.mv(entries[:whole].view(-1, _PIECE), weights))
+            rest = entries[whole:]
+            sums.append(torch.dot(rest, weights[: len(rest)]).reshape(1))
+    return b"".join(total.cpu().numpy().tobytes() for total in _joined(sums))
+
+
+def _joined(sums: list[Tensor]) -> list[Tensor]:
+    """The tensors of each device as one: a transfer from an accelerator waits for it."""
+    devices = {total.device for total in sums}
+    return [torch.cat([t for t in sums if t.device == device]) for device in devices]
 
 
 @contextlib.contextmanager

@@ -28,9 +28,16 @@ from spectra.errors import (
     SpectraError,
     StochasticModelError,
 )
-from spectra.objective.batches import leading_dimension, map_tensors, reiterable, to_device
+from spectra.objective.batches import (
+    leading_dimension,
+    map_tensors,
+    reiterable,
+    tensors_of,
+    to_device,
+)
 from spectra.objective.keeping import (
     buffers_kept,
+    checksums,
     gradients_on,
     random_draws_refused,
     random_state_kept,
@@ -101,7 +108,7 @@ class Objective(Protocol):
         ...
 
     def state(self) -> tuple[Any, ...]:
-        """Equal as long as no parameter or buffer was changed since."""
+        """Equal as long as no parameter, buffer or batch was changed since."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -178,8 +185,9 @@ class FunctionObjective:
         return [([n], t) for n, t in zip(self.space.names, self.parameters, strict=True)]
 
     def state(self) -> tuple[Any, ...]:
-        """Versions of the tensors."""
-        return versions([*self.parameters, *self._watched])
+        """Versions and checksums of the tensors."""
+        tensors = [*self.parameters, *self._watched]
+        return versions(tensors), checksums(tensors)
 
     def describe(self) -> dict[str, Any]:
         """The function's name."""
@@ -325,9 +333,12 @@ class ModelObjective:
         return [(names, p) for names, p in all_parameters(self.model) if id(p) in chosen]
 
     def state(self) -> tuple[Any, ...]:
-        """Versions of all parameters and buffers, and the mode of every module."""
+        """Versions and checksums of parameters and buffers, modes of modules, a list's batches."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
         modes = tuple(module.training for module in self.model.modules())
-        return versions([*self.model.parameters(), *self.model.buffers()]), modes
+        # Other iterables would have to be read; a list is what gets changed in place.
+        batches = tensors_of(self._data) if isinstance(self._data, list | tuple) else []
+        return versions(tensors), checksums(tensors), modes, versions(batches)
 
     def describe(self) -> dict[str, Any]:
         """The model, loss and data by name and size."""

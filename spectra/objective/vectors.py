@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from spectra.objective.memory import free_bytes
+
 __all__ = ["VectorSpace"]
 
 # Entries summed in the vectors' own dtype before a float64 accumulator takes over. On the CPU small
@@ -46,7 +48,7 @@ class VectorSpace:
 
     def affordable(self) -> int:
         """How many vectors fit into half of the memory that is free now."""
-        return _free_bytes(self.device) // 2 // max(1, self.n * torch.finfo(self.dtype).bits // 8)
+        return free_bytes(self.device) // 2 // max(1, self.n * torch.finfo(self.dtype).bits // 8)
 
     def zeros(self, *count: int) -> Tensor:
         """The zero vector (n,), or `count` of them as rows."""
@@ -119,17 +121,3 @@ def _large_entries(part: Tensor) -> Tensor | None:
     if float(largest) <= limit and float(smallest) >= -limit:
         return None
     return (part.abs() > limit).nonzero().squeeze(1)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    # Systems without that file: assume room, and let an allocation say otherwise.
-    return 1 << 62

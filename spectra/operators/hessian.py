@@ -14,7 +14,8 @@ from spectra.objective.batches import reiterable
 from spectra.objective.objective import FunctionObjective, ModelObjective, Objective
 from spectra.objective.parameters import ParameterSpace, Selection, matching
 from spectra.operators.base import SymmetricOperator
-from spectra.oracle.hvp import Graph, HvpOracle
+from spectra.oracle.graphs import GraphPolicy
+from spectra.oracle.hvp import HvpOracle
 
 __all__ = ["HessianOperator"]
 
@@ -23,7 +24,8 @@ class HessianOperator(SymmetricOperator):
     """The Hessian of L(θ), the weighted mean of a loss over data, at the model's present weights.
 
     Products are exact to rounding: the loss is differentiated twice, nothing is stored. One matvec
-    reads all the data once and costs three gradients (two with `graph="retained"`).
+    costs two gradients over all the data on a retained graph, which the first product builds where
+    memory allows it, and three without.
 
     Parameters
     ----------
@@ -45,7 +47,15 @@ class HessianOperator(SymmetricOperator):
         Number of terms in the mean of a batch, as a function of the batch. The default is the
         loss's own, else the number of samples (length of the batch's first tensor).
     graph
-        "fresh": memory of one batch's graph. "retained": a third faster and memory of all batches.
+        "auto": the gradient's graphs of as many batches as `memory_budget` holds are built once and
+        kept; the others are built anew for every product, which costs half as much again.
+        "retained": all are kept. "fresh": none, memory of one batch. `describe()`, and with it
+        every result, says how many were kept. Kept graphs are dropped when a parameter, a buffer, a
+        mode or a tensor in a list of batches has changed; after any other change (an attribute
+        of the model, the files that a loader reads) call `release()`.
+    memory_budget
+        Bytes for `graph="auto"`: what kept graphs and the work on one batch may take. Half of the
+        memory free in the first pass by default.
     microbatch
         Split batches into this many samples to bound memory. Does not change the Hessian.
     hold_data
@@ -84,7 +94,8 @@ class HessianOperator(SymmetricOperator):
         *,
         reduction: str | None = None,
         weight: Callable[[Any], float] | None = None,
-        graph: Graph = "fresh",
+        graph: GraphPolicy = "auto",
+        memory_budget: int | None = None,
         microbatch: int | None = None,
         hold_data: bool = False,
         allow_training_mode: bool = False,
@@ -104,7 +115,7 @@ class HessianOperator(SymmetricOperator):
             )
 
         batches = reiterable(data, hold_data=hold_data)
-        self._set_up(restricted_to(params), graph, restricted_to)
+        self._set_up(restricted_to(params), graph, memory_budget, restricted_to)
 
     @classmethod
     def from_function(
@@ -112,7 +123,7 @@ class HessianOperator(SymmetricOperator):
         f: Callable[..., Tensor],
         tensors: Tensor | Sequence[Tensor],
         *,
-        graph: Graph = "fresh",
+        graph: GraphPolicy = "auto",
         dtype: torch.dtype | None = None,
     ) -> HessianOperator:
         """The Hessian of any scalar function `f(*tensors)`, by all the tensors together.
@@ -148,14 +159,18 @@ class HessianOperator(SymmetricOperator):
             return FunctionObjective(partial, chosen, dtype, [names[i] for i in free], points)
 
         operator = cls.__new__(cls)
-        operator._set_up(FunctionObjective(f, points, dtype), graph, restricted_to)
+        operator._set_up(FunctionObjective(f, points, dtype), graph, None, restricted_to)
         return operator
 
     def _set_up(
-        self, objective: Objective, graph: Graph, restricted_to: Callable[[Selection], Objective]
+        self,
+        objective: Objective,
+        graph: GraphPolicy,
+        memory_budget: int | None,
+        restricted_to: Callable[[Selection], Objective],
     ) -> None:
         self.objective = objective
-        self._oracle = HvpOracle(objective, graph)
+        self._oracle = HvpOracle(objective, graph, memory_budget)
         self._restricted_to = restricted_to
         super().__init__(objective.space)
 
@@ -164,11 +179,14 @@ class HessianOperator(SymmetricOperator):
         return self._oracle.value()
 
     def gradient(self) -> Tensor:
-        """The gradient of L, flat (n,), in the same weighting. Costs one gradient."""
+        """The gradient of L, flat (n,), in the same weighting.
+
+        Costs one gradient, and nothing over kept graphs.
+        """
         return self._oracle.value_and_gradient()[1]
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
-        """L and its gradient in one pass over the data. Costs one gradient."""
+        """L and its gradient in one pass over the data, or none where graphs are kept."""
         return self._oracle.value_and_gradient()
 
     def block(self, params: Selection) -> HessianOperator:
@@ -188,6 +206,7 @@ class HessianOperator(SymmetricOperator):
         operator._set_up(
             self._restricted_to(lambda name, _: name in kept),
             self._oracle.graph,
+            self._oracle.memory_budget,
             self._restricted_to,
         )
         return operator
@@ -223,7 +242,7 @@ class HessianOperator(SymmetricOperator):
         return weights, forms
 
     def release(self) -> None:
-        """Free the graphs that `graph="retained"` keeps; the next product builds them again."""
+        """Free the kept graphs; the next product builds them again."""
         self._oracle.release()
 
     def describe(self) -> dict[str, Any]:
@@ -231,7 +250,7 @@ class HessianOperator(SymmetricOperator):
         return {
             **super().describe(),
             **self.objective.describe(),
-            "graph": self._oracle.graph,
+            **self._oracle.describe(),
             "parameters": len(self.space.names),
         }
 

@@ -4,26 +4,27 @@
                                             Hessian")
 
 A gradient costs three forward passes of matrix products. A product costs 3.0 gradients when the
-gradient's graph is built anew ("fresh"), and 2.0 when it is kept ("retained").
+gradient's graph is built anew, and 2.0 when it was kept (`graphs.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.errors import ArgumentError, LossError
+from spectra.errors import DoubleBackwardError, LossError
 from spectra.objective.objective import Objective, Part
 from spectra.oracle import diagnose
 from spectra.oracle.attention import differentiable_attention
+from spectra.oracle.graphs import GradientGraph, GraphPolicy, Graphs
 
-__all__ = ["Graph", "HvpOracle"]
-
-Graph = Literal["fresh", "retained"]
+__all__ = ["HvpOracle"]
 
 
 class HvpOracle:
@@ -34,38 +35,56 @@ class HvpOracle:
     objective
         What is differentiated.
     graph
-        "fresh" builds the gradient's graph of each batch for every call and frees it: memory of one
-        batch. "retained" keeps the graphs of all batches between calls until a parameter changes:
-        a third less time, memory of all batches. The retained graph holds the batches as they were
-        first read; parameters changed behind autograd's back (through `.data`) go unnoticed.
+        "auto" keeps the gradients' graphs of as many parts as `memory_budget` holds, "retained"
+        those of all, until a parameter changes; "fresh" builds the graph of each part for every
+        call and frees it. A kept graph holds its part of the data as it was first read.
+    memory_budget
+        Bytes for "auto"; half of the free memory by default.
     """
 
-    def __init__(self, objective: Objective, graph: Graph = "fresh") -> None:
-        if graph not in {"fresh", "retained"}:
-            msg = f"graph={graph!r}; expected 'fresh' or 'retained'"
-            raise ArgumentError(msg)
+    def __init__(
+        self,
+        objective: Objective,
+        graph: GraphPolicy = "auto",
+        memory_budget: int | None = None,
+    ) -> None:
+        self._graphs = Graphs(objective, self._gradient_graph, graph, memory_budget)
         diagnose.refuse_bad_modules(objective.model)
         self.objective = objective
         self.graph = graph
-        self._retained: list[_GradientGraph] = []
-        self._retained_state: Any = None
+        self.memory_budget = memory_budget
         self._checked = False
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
-        """L and its gradient, flat (n,), in one pass of ordinary gradients over the data."""
+        """L and its gradient, flat (n,), in one pass over the data, or none over kept graphs."""
+        if self.graph != "fresh":
+            try:
+                with self._pass() as graphs:
+                    return self._summed((graph for graph, _ in graphs))
+            except DoubleBackwardError:
+                # There may be a first derivative where there is no second one.
+                self._graphs.release()
+            except torch.OutOfMemoryError:
+                if not self._graphs.give_up():
+                    raise
+        with self.objective.evaluating(), differentiable_attention():
+            plain = (
+                self._gradient_graph(part, create_graph=False) for part in self.objective.parts()
+            )
+            return self._summed(plain)
+
+    def _summed(self, graphs: Iterator[GradientGraph]) -> tuple[float, Tensor]:
         space = self.objective.space
         value, total, depends = 0.0, 0.0, False
-        with self.objective.evaluating(), differentiable_attention():
-            # In here: a tensor made under inference_mode could not be changed outside of it.
-            gradient = space.zeros()
-            views = space.views(gradient)
-            for part in self.objective.parts():
-                loss = self.objective.loss(part)
-                gradients = self._first_derivative(part, loss, create_graph=False)
-                _accumulate(views, gradients, part.weight)
-                value += part.weight * float(loss.detach())
-                total += part.weight
-                depends = depends or any(g is not None for g in gradients)
+        # In here: a tensor made under inference_mode could not be changed outside of it.
+        gradient = space.zeros()
+        views = space.views(gradient)
+        for graph in graphs:
+            weight = graph.part.weight
+            _accumulate(views, graph.gradients, weight)
+            value += weight * float(graph.loss.detach())
+            total += weight
+            depends = depends or graph.depends
         normaliser = self.objective.normaliser(total)
         self._require_dependence(depends)
         return value / normaliser, gradient.div_(normaliser)
@@ -82,8 +101,8 @@ class HvpOracle:
     def products(self, vectors: Tensor) -> Tensor:
         """H times each row of `vectors` (k, n), as rows (k, n).
 
-        One pass over the data for all of them: the gradient's graph of a batch is built once and
-        differentiated k times.
+        One pass over the data for all of them: the gradient's graph of a part is built at most
+        once and differentiated k times.
 
         Raises
         ------
@@ -92,25 +111,31 @@ class HvpOracle:
         DoubleBackwardError
             An operation has no second derivative, or a wrong one; the message names the module.
         """
+        try:
+            return self._multiplied(vectors)
+        except torch.OutOfMemoryError:
+            if not self._graphs.give_up():
+                raise
+        # Outside of the handler: its traceback holds on to what the failed pass had computed.
+        return self._multiplied(vectors)
+
+    def _multiplied(self, vectors: Tensor) -> Tensor:
         space = self.objective.space
         directions = [space.views(row) for row in vectors]
         total, depends = 0.0, False
-        # Around the backward too: activation checkpointing runs the forward pass again there.
-        with self.objective.evaluating(), differentiable_attention():
+        with self._pass() as graphs:
             # In here: a tensor made under inference_mode could not be changed outside of it.
             out = space.zeros(len(vectors))
             targets = [space.views(row) for row in out]
-            for graph in self._graphs():
+            for graph, kept in graphs:
                 for i, (target, direction) in enumerate(zip(targets, directions, strict=True)):
-                    keep = self.graph == "retained" or i + 1 < len(directions)
+                    keep = kept or i + 1 < len(directions)
                     products = self._second_derivative(graph, direction, keep_graph=keep)
                     _accumulate(target, products, graph.part.weight)
                 total += graph.part.weight
                 depends = depends or graph.depends
         normaliser = self.objective.normaliser(total)
         self._require_dependence(depends)
-        if self.graph == "retained":
-            self._retained_state = self.objective.state()
         self._checked = True
         return out.div_(normaliser)
 
@@ -131,13 +156,13 @@ class HvpOracle:
         space = self.objective.space
         directions = [space.views(row) for row in vectors]
         weights, forms, depends = [], [], False
-        with self.objective.evaluating(), differentiable_attention():
+        with self._pass() as graphs:
             product = space.zeros()
             views = space.views(product)
-            for graph in self._graphs():
+            for graph, kept in graphs:
                 row = []
                 for i, direction in enumerate(directions):
-                    keep = self.graph == "retained" or i + 1 < len(directions)
+                    keep = kept or i + 1 < len(directions)
                     product.zero_()
                     terms = self._second_derivative(graph, direction, keep_graph=keep)
                     _accumulate(views, terms, 1.0)
@@ -146,15 +171,16 @@ class HvpOracle:
                 forms.append(row)
                 depends = depends or graph.depends
         self._require_dependence(depends)
-        if self.graph == "retained":
-            self._retained_state = self.objective.state()
         self._checked = True
         return np.array(weights), np.array(forms)
 
     def release(self) -> None:
-        """Free retained graphs; the next product builds them again."""
-        self._retained = []
-        self._retained_state = None
+        """Free the kept graphs; the next product builds them again."""
+        self._graphs.release()
+
+    def describe(self) -> dict[str, Any]:
+        """Which graphs are kept, for the provenance of results."""
+        return self._graphs.describe()
 
     def find_non_finite(self) -> str | None:
         """Label of the first part whose loss or gradient is not finite, if there is one."""
@@ -166,26 +192,17 @@ class HvpOracle:
                     return part.label
         return None
 
-    def _graphs(self) -> Iterator[_GradientGraph]:
-        if self._retained and self._retained_state == self.objective.state():
-            yield from self._retained
-            return
-        self.release()
-        graphs = []
-        for part in self.objective.parts():
-            graph = self._gradient_graph(part)
-            yield graph
-            if self.graph == "retained":
-                graphs.append(graph)
-        # Only now: a pass that failed half way must not pass for the whole data.
-        self._retained = graphs
+    @contextlib.contextmanager
+    def _pass(self) -> Iterator[Iterator[tuple[GradientGraph, bool]]]:
+        # Around the backward too: activation checkpointing runs the forward pass again there.
+        with self.objective.evaluating(), differentiable_attention():
+            yield self._graphs.each()
+        self._graphs.settle()
 
-    def _gradient_graph(self, part: Part) -> _GradientGraph:
+    def _gradient_graph(self, part: Part, *, create_graph: bool = True) -> GradientGraph:
         loss = self.objective.loss(part)
-        gradients = self._first_derivative(part, loss, create_graph=True)
-        if not self._checked:
-            diagnose.refuse_bad_nodes(loss, gradients, lambda: self._locate(part))
-        return _GradientGraph(part, gradients)
+        gradients = self._first_derivative(part, loss, create_graph=create_graph)
+        return GradientGraph(part, loss if create_graph else loss.detach(), gradients)
 
     def _first_derivative(
         self, part: Part, loss: Tensor, *, create_graph: bool
@@ -202,8 +219,11 @@ class HvpOracle:
             raise self._explained(error, part) from error
 
     def _second_derivative(
-        self, graph: _GradientGraph, direction: list[Tensor], *, keep_graph: bool
+        self, graph: GradientGraph, direction: list[Tensor], *, keep_graph: bool
     ) -> tuple[Tensor | None, ...]:
+        if not self._checked:
+            locate = functools.partial(self._locate, graph.part)
+            diagnose.refuse_bad_nodes(graph.loss, graph.gradients, locate)
         live = [
             (g, v.to(g))
             for g, v in zip(graph.gradients, direction, strict=True)
@@ -245,18 +265,6 @@ class HvpOracle:
         return diagnose.locate_culprit(
             objective.model, lambda: objective.loss(part), objective.function_name
         )
-
-
-class _GradientGraph:
-    """The gradient of one part with the graph that produced it."""
-
-    def __init__(self, part: Part, gradients: tuple[Tensor | None, ...]) -> None:
-        self.part = part
-        self.gradients = gradients
-
-    @property
-    def depends(self) -> bool:
-        return any(gradient is not None for gradient in self.gradients)
 
 
 def _accumulate(views: list[Tensor], terms: tuple[Tensor | None, ...], weight: float) -> None:

@@ -122,3 +122,14 @@ def test_a_measured_residual_bounds_the_noise():
     pairs = spectra.eigsh(Rotated(s1(100_000), dtype=np.float32), 3)
     assert pairs.noise < 1e-5
     assert pairs.notes == ()
+
+
+def test_residuals_of_deflated_pairs_bound_the_noise_of_what_follows():
+    h = Noisy(s1(1000), 1e-3)
+    pairs = spectra.eigsh(h, 3, tol=1e-1)
+    bound = float((pairs.residuals / np.abs(pairs.values)).min())
+    for found in (
+        spectra.spectral_density(h, steps=15, probes=2, deflate=pairs),
+        spectra.trace(h, max_matvecs=20, deflate=pairs),
+    ):
+        assert 1e-3 / 3 < found.noise <= bound

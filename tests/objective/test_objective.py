@@ -433,7 +433,9 @@ def test_dropout_masks_belong_to_their_batch():
 
     model = nn.Sequential(Recording(0.5), nn.Linear(6, 3)).double().train()
     x, y = torch.ones(4, 6, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
-    operator = HessianOperator(model, LOSS, [(x, y), (x, y)], allow_training_mode=True)
+    operator = HessianOperator(
+        model, LOSS, [(x, y), (x, y)], allow_training_mode=True, graph="fresh"
+    )
     operator @ vector(operator)
     operator @ vector(operator)
     assert torch.equal(seen[0], seen[2])
@@ -499,7 +501,7 @@ def test_data_that_run_dry_are_refused_in_the_second_pass():
         def __iter__(self):
             return self.source
 
-    operator = HessianOperator(tanh_mlp(), LOSS, Once())
+    operator = HessianOperator(tanh_mlp(), LOSS, Once(), graph="fresh")
     operator @ vector(operator)
     with pytest.raises(DataError, match=r"no batch in this pass, 3 before"):
         operator @ vector(operator)

@@ -268,7 +268,8 @@ def test_the_model_may_be_used_and_trained_between_products():
 
 
 def test_the_operator_says_what_it_is(network):
-    operator, _ = network
+    operator = HessianOperator(network[0].objective.model, LOSS, batches(), graph="fresh")
+    operator.value()
     assert repr(operator) == "<74 x 74 HessianOperator, float64, cpu>"
     assert operator.describe() == {
         "operator": "HessianOperator",

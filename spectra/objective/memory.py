@@ -1,0 +1,66 @@
+"""How much memory is free on a device, and how much does this process hold?"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+__all__ = ["free_bytes", "held_bytes", "peak_bytes"]
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated, as far as the system tells."""
+    if device.type == "cuda":
+        # What PyTorch's allocator holds without using it is free for tensors.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    # Systems without these files: assume room, and let an allocation say otherwise.
+    free = 1 << 62
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    # In a container the machine's memory is not what the process may use.
+    limit, used = _lines(_CGROUP / "memory.max"), _lines(_CGROUP / "memory.current")
+    if limit and used and limit[0].isdecimal():
+        free = min(free, max(0, int(limit[0]) - int(used[0])))
+    return free
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes that this process holds now: PyTorch's on a GPU, resident ones on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    lines = _lines(Path("/proc/self/statm"))
+    if lines:
+        return int(lines[0].split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    # Systems without that file tell the peak, which grows with whatever does not fit in it.
+    return peak_bytes(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most bytes that this process has ever held, counted as `held_bytes` does."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Not from getrusage, which hands a process the peak of the one that started it.
+    for line in _lines(Path("/proc/self/status")):
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        # Nothing to ask without another package: no growth is seen, and a budget never binds.
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,194 @@
+"""Which gradients' graphs are kept in memory between products, and which are built again?
+
+A product on a kept graph costs 2.0 gradients, one that builds the graph 3.0. Kept graphs hold what
+the forward and the backward pass of a part saved, so that memory decides how many there can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from spectra.errors import ArgumentError, ArgumentTypeError
+from spectra.objective.memory import free_bytes, held_bytes, peak_bytes
+from spectra.objective.objective import Objective, Part
+
+__all__ = ["GradientGraph", "GraphPolicy", "Graphs"]
+
+GraphPolicy = Literal["auto", "retained", "fresh"]
+
+
+class GradientGraph:
+    """The loss of one part and its gradient, with the graph that produced them.
+
+    Parameters without influence on the loss have no gradient.
+    """
+
+    def __init__(self, part: Part, loss: Tensor, gradients: tuple[Tensor | None, ...]) -> None:
+        self.part = part
+        self.loss = loss
+        self.gradients = gradients
+
+    @property
+    def depends(self) -> bool:
+        """Whether the loss depends on any of the parameters."""
+        return any(gradient is not None for gradient in self.gradients)
+
+    def free(self) -> None:
+        """Let go of the graph, whoever still holds this object."""
+        self.loss, self.gradients = self.loss.detach(), ()
+
+
+class Graphs:
+    """The gradients' graphs of all parts, those of them kept for which there is memory.
+
+    Parameters
+    ----------
+    objective
+        Whose parts they are.
+    build
+        Makes the graph of a part.
+    policy
+        "retained" keeps all, "fresh" none, "auto" the first ones up to `memory_budget`.
+    memory_budget
+        Bytes for kept graphs and the work on one more part. The default is half of the memory
+        that is free in the first pass.
+
+    Kept graphs are dropped when parameters, buffers, modes, or the batches of a list have changed.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        build: Callable[[Part], GradientGraph],
+        policy: GraphPolicy,
+        memory_budget: int | None,
+    ) -> None:
+        _check(policy, memory_budget)
+        self.policy = policy
+        self.memory_budget = memory_budget
+        self._objective = objective
+        self._build = build
+        self._fallback: str | None = None
+        self._parts: int | None = None
+        self._kept: dict[int, GradientGraph] = {}
+        self._bytes = 0
+        self._state: Any = None
+
+    def each(self) -> Iterator[tuple[GradientGraph, bool]]:
+        """The graph of every part in order, and whether it outlives its turn."""
+        if self._kept and self._state != self._objective.state():
+            self.release()
+        if self._kept and len(self._kept) == self._parts:
+            for graph in self._kept.values():
+                yield graph, True
+            return
+        # What was found to fit is not tried again in every pass.
+        decided = self._parts is not None
+        room = _Room(self._objective.space.device, self.memory_budget)
+        kept: dict[int, GradientGraph] = {}
+        place = -1
+        for place, part in enumerate(self._objective.parts()):
+            keep = place in self._kept
+            if keep:
+                graph = self._kept[place]
+            else:
+                room.start_one()
+                graph = self._build(part)
+                # Undecided until it is seen what the work on it takes.
+                keep = self.policy != "fresh" and not decided
+            yield graph, keep
+            if keep and not decided and self.policy == "auto":
+                keep = room.holds_one()
+            if keep:
+                kept[place] = graph
+            else:
+                graph.free()
+        # Only now: a pass that failed half way must not pass for the whole data.
+        self._kept, self._parts = kept, place + 1
+        if not decided:
+            self._bytes = room.used
+        self._state = None
+
+    def settle(self) -> None:
+        """Note the state that the graphs belong to, once everything is back as it was found."""
+        if self._kept and self._state is None:
+            self._state = self._objective.state()
+
+    def release(self) -> None:
+        """Free the kept graphs; the next pass decides anew."""
+        self._kept, self._parts, self._state, self._bytes = {}, None, None, 0
+
+    def give_up(self) -> bool:
+        """After memory ran out: keep none from now on; whether that can help."""
+        if self.policy != "auto" or self._fallback is not None:
+            return False
+        self.release()
+        self._fallback = "memory ran out with graphs retained; built anew for every product since"
+        self.policy = "fresh"
+        if self._objective.space.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        """What was chosen, for the provenance of results."""
+        chosen: dict[str, Any] = {"graph": "auto" if self._fallback else self.policy}
+        if self._parts is not None:
+            chosen["graphs"] = {"parts": self._parts, "retained": len(self._kept)}
+            if self._kept:
+                chosen["graphs"]["bytes"] = self._bytes
+        if self._fallback:
+            chosen["graph_fallback"] = self._fallback
+        return chosen
+
+
+class _Room:
+    """How much of the budget the graphs of a pass have taken, measured on the process itself."""
+
+    def __init__(self, device: torch.device, budget: int | None) -> None:
+        self._device = device
+        self._budget = free_bytes(device) // 2 if budget is None else budget
+        self._start = held_bytes(device)
+        self._held = self._peak = 0
+        # What the largest graph and the work on it took at most.
+        self._most = 0
+        self.used = 0
+
+    def start_one(self) -> None:
+        """Another graph is about to be built."""
+        self._held, self._peak = held_bytes(self._device), peak_bytes(self._device)
+
+    def holds_one(self) -> bool:
+        """Whether the graph just used fits, with room for another one and the work on it."""
+        held, peak = held_bytes(self._device), peak_bytes(self._device)
+        # Without a new peak of the process it is not known; this is what networks take.
+        work = peak - self._held if peak > self._peak else 3 * (held - self._held)
+        self._most = max(self._most, work)
+        used = max(0, held - self._start)
+        if used + self._most >= self._budget:
+            return False
+        self.used = used
+        return True
+
+
+def _check(policy: Any, memory_budget: Any) -> None:
+    if policy not in {"auto", "retained", "fresh"}:
+        msg = f"graph={policy!r}; expected 'auto', 'retained' or 'fresh'"
+        raise ArgumentError(msg)
+    if memory_budget is None:
+        return
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        msg = f"memory_budget={memory_budget!r} is a {type(memory_budget).__name__}; expected bytes"
+        raise ArgumentTypeError(msg)
+    if memory_budget < 0:
+        msg = f"memory_budget={memory_budget:,}; expected a number of bytes of at least 0"
+        raise ArgumentError(msg)
+    if policy != "auto":
+        msg = (
+            f"memory_budget decides which graphs are kept, but graph={policy!r} has settled that; "
+            "give one of the two"
+        )
+        raise ArgumentError(msg)
