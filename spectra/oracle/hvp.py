@@ -77,17 +77,18 @@ class HvpOracle:
         space = self.objective.space
         value, total, depends = 0.0, 0.0, False
         # In here: a tensor made under inference_mode could not be changed outside of it.
-        gradient = space.zeros()
-        views = space.views(gradient)
+        gradient = space.empty()
+        sum_ = _WeightedSum(gradient, space.views(gradient))
         for graph in graphs:
             weight = graph.part.weight
-            _accumulate(views, graph.gradients, weight)
+            sum_.add(graph.gradients, weight)
             value += weight * float(graph.loss.detach())
             total += weight
             depends = depends or graph.depends
         normaliser = self.objective.normaliser(total)
         self._require_dependence(depends)
-        return value / normaliser, gradient.div_(normaliser)
+        sum_.divide(normaliser)
+        return value / normaliser, gradient
 
     def value(self) -> float:
         """L alone, without any derivative."""
@@ -125,19 +126,21 @@ class HvpOracle:
         total, depends = 0.0, False
         with self._pass() as graphs:
             # In here: a tensor made under inference_mode could not be changed outside of it.
-            out = space.zeros(len(vectors))
-            targets = [space.views(row) for row in out]
+            out = space.empty(len(vectors))
+            sums = [_WeightedSum(row, space.views(row)) for row in out]
             for graph, kept in graphs:
-                for i, (target, direction) in enumerate(zip(targets, directions, strict=True)):
+                for i, (sum_, direction) in enumerate(zip(sums, directions, strict=True)):
                     keep = kept or i + 1 < len(directions)
                     products = self._second_derivative(graph, direction, keep_graph=keep)
-                    _accumulate(target, products, graph.part.weight)
+                    sum_.add(products, graph.part.weight)
                 total += graph.part.weight
                 depends = depends or graph.depends
         normaliser = self.objective.normaliser(total)
         self._require_dependence(depends)
         self._checked = True
-        return out.div_(normaliser)
+        for sum_ in sums:
+            sum_.divide(normaliser)
+        return out
 
     def quadratic_forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """How every part of the data by itself curves along each row of `vectors` (k, n).
@@ -157,15 +160,14 @@ class HvpOracle:
         directions = [space.views(row) for row in vectors]
         weights, forms, depends = [], [], False
         with self._pass() as graphs:
-            product = space.zeros()
+            product = space.empty()
             views = space.views(product)
             for graph, kept in graphs:
                 row = []
                 for i, direction in enumerate(directions):
                     keep = kept or i + 1 < len(directions)
-                    product.zero_()
                     terms = self._second_derivative(graph, direction, keep_graph=keep)
-                    _accumulate(views, terms, 1.0)
+                    _WeightedSum(product, views).add(terms, 1.0)
                     row.append(space.inner(vectors[i], product))
                 weights.append(graph.part.weight)
                 forms.append(row)
@@ -267,8 +269,39 @@ class HvpOracle:
         )
 
 
-def _accumulate(views: list[Tensor], terms: tuple[Tensor | None, ...], weight: float) -> None:
-    """Add weighted terms into the views of a flat vector, in place."""
-    for view, term in zip(views, terms, strict=True):
-        if term is not None:
-            view.add_(term.detach().to(view.device), alpha=weight)
+class _WeightedSum:
+    """Σ w_b x_b in a flat vector, in as few passes over it as possible.
+
+    At the size of a model each pass is slow, and the weight of a single batch cancels.
+    """
+
+    def __init__(self, flat: Tensor, views: list[Tensor]) -> None:
+        self._flat = flat
+        self._views = views
+        # The weight of the first term, until there is a second one.
+        self._only: float | None = None
+        self._empty = True
+
+    def add(self, terms: tuple[Tensor | None, ...], weight: float) -> None:
+        if self._empty:
+            for view, term in zip(self._views, terms, strict=True):
+                if term is None:
+                    view.zero_()
+                elif term.layout == torch.strided:
+                    view.copy_(term.detach())
+                else:
+                    view.zero_().add_(term.detach())
+            self._empty, self._only = False, weight
+            return
+        if self._only is not None:
+            self._flat.mul_(self._only)
+            self._only = None
+        for view, term in zip(self._views, terms, strict=True):
+            if term is not None:
+                view.add_(term.detach().to(view.device), alpha=weight)
+
+    def divide(self, normaliser: float) -> None:
+        if self._only is None:
+            self._flat.div_(normaliser)
+        elif self._only != normaliser:
+            self._flat.mul_(self._only / normaliser)
