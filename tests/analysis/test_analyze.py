@@ -26,6 +26,7 @@ from tests.cases.matrices import (
     semicircle,
     tanh_network,
 )
+from tests.cases.networks import tanh_mlp, wine
 
 
 def distance(density, spectrum):
@@ -97,6 +98,19 @@ def test_the_loss_and_its_gradient_stand_beside_a_hessian():
     assert plain.value is None
     assert plain.gradient_norm is None
     assert "loss" not in str(plain)
+
+
+def test_graphs_that_were_not_kept_are_said():
+    model, loss, data = tanh_mlp(), spectra.losses.supervised(torch.nn.CrossEntropyLoss()), [wine()]
+    small = {"k": 2, "steps": 5, "probes": 2}
+    kept = spectra.analyze(spectra.HessianOperator(model, loss, data), **small)
+    assert not any("graphs" in note for note in kept.notes)
+    poor = spectra.HessianOperator(model, loss, data, memory_budget=0)
+    assert any(
+        "graphs of 0 of 1 batches were kept" in n for n in spectra.analyze(poor, **small).notes
+    )
+    asked = spectra.HessianOperator(model, loss, data, graph="fresh")
+    assert not any("graphs" in note for note in spectra.analyze(asked, **small).notes)
 
 
 def test_repeated_eigenvalues_are_deflated_with_all_their_copies():
