@@ -56,6 +56,10 @@ class HessianOperator(SymmetricOperator):
     memory_budget
         Bytes for `graph="auto"`: what kept graphs and the work on one batch may take. Half of the
         memory free in the first pass by default.
+    compile
+        Compile the products on kept graphs, which takes minutes and pays after hundreds of
+        products. Where that fails, is wrong, or is no faster, they stay as they are, and
+        `describe()` says why.
     microbatch
         Split batches into this many samples to bound memory. Does not change the Hessian.
     hold_data
@@ -96,6 +100,7 @@ class HessianOperator(SymmetricOperator):
         weight: Callable[[Any], float] | None = None,
         graph: GraphPolicy = "auto",
         memory_budget: int | None = None,
+        compile: bool = False,
         microbatch: int | None = None,
         hold_data: bool = False,
         allow_training_mode: bool = False,
@@ -115,7 +120,7 @@ class HessianOperator(SymmetricOperator):
             )
 
         batches = reiterable(data, hold_data=hold_data)
-        self._set_up(restricted_to(params), graph, memory_budget, restricted_to)
+        self._set_up(restricted_to(params), graph, memory_budget, compile, restricted_to)
 
     @classmethod
     def from_function(
@@ -159,7 +164,7 @@ class HessianOperator(SymmetricOperator):
             return FunctionObjective(partial, chosen, dtype, [names[i] for i in free], points)
 
         operator = cls.__new__(cls)
-        operator._set_up(FunctionObjective(f, points, dtype), graph, None, restricted_to)
+        operator._set_up(FunctionObjective(f, points, dtype), graph, None, False, restricted_to)
         return operator
 
     def _set_up(
@@ -167,10 +172,11 @@ class HessianOperator(SymmetricOperator):
         objective: Objective,
         graph: GraphPolicy,
         memory_budget: int | None,
+        compiled: bool,
         restricted_to: Callable[[Selection], Objective],
     ) -> None:
         self.objective = objective
-        self._oracle = HvpOracle(objective, graph, memory_budget)
+        self._oracle = HvpOracle(objective, graph, memory_budget, compiled)
         self._restricted_to = restricted_to
         super().__init__(objective.space)
 
@@ -207,6 +213,7 @@ class HessianOperator(SymmetricOperator):
             self._restricted_to(lambda name, _: name in kept),
             self._oracle.graph,
             self._oracle.memory_budget,
+            self._oracle.compiled,
             self._restricted_to,
         )
         return operator

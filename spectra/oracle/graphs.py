@@ -15,6 +15,7 @@ from torch import Tensor
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.objective.memory import free_bytes, held_bytes, peak_bytes
 from spectra.objective.objective import Objective, Part
+from spectra.oracle.compiled import CompiledProduct
 
 __all__ = ["GradientGraph", "GraphPolicy", "Graphs"]
 
@@ -31,6 +32,12 @@ class GradientGraph:
         self.part = part
         self.loss = loss
         self.gradients = gradients
+        self.kept = False
+        """Whether it outlives the pass in which it was built."""
+        self.product: CompiledProduct | None = None
+        """Its second derivative as compiled code."""
+        self.tried = False
+        """Whether compiling it was tried."""
 
     @property
     def depends(self) -> bool:
@@ -39,7 +46,7 @@ class GradientGraph:
 
     def free(self) -> None:
         """Let go of the graph, whoever still holds this object."""
-        self.loss, self.gradients = self.loss.detach(), ()
+        self.loss, self.gradients, self.product = self.loss.detach(), (), None
 
 
 class Graphs:
@@ -109,6 +116,8 @@ class Graphs:
                 graph.free()
         # Only now: a pass that failed half way must not pass for the whole data.
         self._kept, self._parts = kept, place + 1
+        for graph in kept.values():
+            graph.kept = True
         if not decided:
             self._bytes = room.used
         self._state = None

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.errors import DoubleBackwardError, LossError
+from spectra.errors import ArgumentError, DoubleBackwardError, LossError
 from spectra.objective.objective import Objective, Part
 from spectra.oracle import diagnose
 from spectra.oracle.attention import differentiable_attention
+from spectra.oracle.compiled import Compiler
 from spectra.oracle.graphs import GradientGraph, GraphPolicy, Graphs
 
 __all__ = ["HvpOracle"]
@@ -40,6 +41,8 @@ class HvpOracle:
         call and frees it. A kept graph holds its part of the data as it was first read.
     memory_budget
         Bytes for "auto"; half of the free memory by default.
+    compile
+        Compile the products on kept graphs, from the second pass on.
     """
 
     def __init__(
@@ -47,12 +50,18 @@ class HvpOracle:
         objective: Objective,
         graph: GraphPolicy = "auto",
         memory_budget: int | None = None,
+        compile: bool = False,
     ) -> None:
+        if compile and graph == "fresh":
+            msg = "compile=True compiles products on kept graphs, but graph='fresh' keeps none"
+            raise ArgumentError(msg)
         self._graphs = Graphs(objective, self._gradient_graph, graph, memory_budget)
         diagnose.refuse_bad_modules(objective.model)
         self.objective = objective
         self.graph = graph
         self.memory_budget = memory_budget
+        self.compiled = compile
+        self._compiler = Compiler() if compile else None
         self._checked = False
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
@@ -182,7 +191,9 @@ class HvpOracle:
 
     def describe(self) -> dict[str, Any]:
         """Which graphs are kept, for the provenance of results."""
-        return self._graphs.describe()
+        if self._compiler is None:
+            return self._graphs.describe()
+        return {**self._graphs.describe(), "compiled": self._compiler.describe()}
 
     def find_non_finite(self) -> str | None:
         """Label of the first part whose loss or gradient is not finite, if there is one."""
@@ -236,7 +247,10 @@ class HvpOracle:
         if not live:
             return (None,) * len(direction)
         outputs, vectors = zip(*live, strict=True)
-        try:
+        if graph.product is not None:
+            return graph.product(vectors)
+
+        def differentiate(vectors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(
                 outputs,
                 self.objective.parameters,
@@ -244,10 +258,17 @@ class HvpOracle:
                 retain_graph=keep_graph,
                 allow_unused=True,
             )
+
+        try:
+            terms = differentiate(vectors)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise self._explained(error, graph.part) from error
+        if self._compiler is not None and graph.kept and not graph.tried:
+            graph.tried = True
+            graph.product = self._compiler.compile(differentiate, vectors)
+        return terms
 
     def _require_dependence(self, depends: bool) -> None:
         if not depends:
