@@ -80,27 +80,32 @@ def checksums(tensors: Iterable[Tensor]) -> bytes:
 
     Optimisers that write through `.data` count no version. Costs one reading of the tensors.
     """
-    sums = []
+    small: dict[torch.device, list[Tensor]] = {}
+    sums: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.layout != torch.strided:
             continue
         flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         flat = flat.detach().reshape(-1)
+        if len(flat) <= _PIECE:
+            small.setdefault(flat.device, []).append(flat.float())
+            continue
         for start in range(0, len(flat), _SLICE):
             # No copy of what is in single precision already.
-            entries = flat[start : start + _SLICE].float()
-            weights = torch.arange(1.0, 1.0 + _PIECE, device=entries.device)
-            whole = len(entries) // _PIECE * _PIECE
-            sums.append(torch.mv(entries[:whole].view(-1, _PIECE), weights))
-            rest = entries[whole:]
-            sums.append(torch.dot(rest, weights[: len(rest)]).reshape(1))
-    return b"".join(total.cpu().numpy().tobytes() for total in _joined(sums))
+            sums.setdefault(flat.device, []).extend(_sums(flat[start : start + _SLICE].float()))
+    for device, pieces in small.items():
+        # Together: a call for each of hundreds of small tensors would take longer than their sums.
+        sums.setdefault(device, []).extend(_sums(torch.cat(pieces)))
+    # One transfer for each device: an accelerator has to be waited for.
+    return b"".join(torch.cat(totals).cpu().numpy().tobytes() for totals in sums.values())
 
 
-def _joined(sums: list[Tensor]) -> list[Tensor]:
-    """The tensors of each device as one: a transfer from an accelerator waits for it."""
-    devices = {total.device for total in sums}
-    return [torch.cat([t for t in sums if t.device == device]) for device in devices]
+def _sums(entries: Tensor) -> list[Tensor]:
+    weights = torch.arange(1.0, 1.0 + min(_PIECE, len(entries)), device=entries.device)
+    whole = len(entries) // _PIECE * _PIECE
+    rest = entries[whole:]
+    last = torch.dot(rest, weights[: len(rest)]).reshape(1)
+    return [torch.mv(entries[:whole].view(-1, _PIECE), weights), last] if whole else [last]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from spectra.objective.keeping import checksums
+
+SIZES = [1, 5, 4096, 4097, 10_000]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.bool]
+
+
+def tensors(dtype):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 2, (n,), generator=g).to(dtype) for n in SIZES]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", range(len(SIZES)))
+def test_a_change_of_any_entry_shows(dtype, which):
+    kept = tensors(dtype)
+    before = checksums(kept)
+    assert checksums(tensors(dtype)) == before
+    for place in {0, SIZES[which] // 2, SIZES[which] - 1}:
+        kept[which].data[place] = 1 - kept[which].data[place].real.int()
+        assert checksums(kept) != before
+        kept[which].data[place] = 1 - kept[which].data[place].real.int()
+        assert checksums(kept) == before
+
+
+def test_entries_that_change_places_show():
+    a, b = torch.arange(6.0), torch.arange(10_000.0)
+    before = checksums([a, b])
+    assert checksums([a.flip(0), b]) != before
+    assert checksums([a, b.flip(0)]) != before
+
+
+def test_nothing_and_what_has_no_entries():
+    assert checksums([]) == b""
+    checksums([torch.zeros(0), torch.zeros(0, 3)])
+    checksums([torch.eye(3).to_sparse()])
+    checksums([torch.ones(3, 5, 4).transpose(0, 2), torch.tensor(2.0)])
