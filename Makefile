@@ -9,16 +9,21 @@ VENV = .venv
 # Without the packages of the optional parts the tests of those parts would be skipped.
 TEST_EXTRAS = test,demo,hf
 
+# `make bench BENCH_OPTIONS=--quick` takes minutes, all of it more than half an hour.
+BENCH = experiments/benchmarks
+BENCH_OPTIONS =
+
 # Programs are run as modules of the environment's interpreter, never as $(VENV)/bin/program: the
 # first line of such a script holds the environment's path and breaks when the folder is moved.
 RUN = "$(VENV)/bin/python"
 
 # For a file that changes, make would need file names as targets, and a path with a space in it
 # (VENV=...) cannot be one. So a stamp holds checksums of what the environment was made from.
-CHECKSUMS = cksum pyproject.toml tests/constraints.txt
+CHECKSUMS = cksum pyproject.toml tests/constraints.txt $(BENCH)/constraints.txt $(BENCH)/peers.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint clean venv demo-requirements test-requirements lint-requirements
+.PHONY: help demo test test-all lint bench clean venv
+.PHONY: demo-requirements test-requirements lint-requirements bench-requirements bench-run
 # Two pips in one environment, as under make -j, would spoil it.
 .NOTPARALLEL:
 
@@ -29,7 +34,8 @@ demo: ## analyse a small network and write demo-run/report.html
 test: ## run the quick tests
 test-all: ## run all tests, the slow ones too
 lint: ## check style, formatting, types, and the direction of imports
-clean: ## delete the virtual environment, caches, builds and the demo's output
+bench: ## measure spectra beside other packages, into bench-run/
+clean: ## delete virtual environments, caches, builds and the output of demo and bench
 
 demo: demo-requirements
 	@echo "Running the demo; its report will be demo-run/report.html"
@@ -52,9 +58,17 @@ lint: lint-requirements
 	@$(RUN) -m mypy
 	@$(RUN) -c 'from importlinter.cli import lint_imports_command as main; main()' --no-logo
 
+# The other packages get an environment of their own: some contradict what the tests are run with.
+bench:
+	@$(MAKE) --no-print-directory VENV="$(VENV)-bench" bench-run
+
+bench-run: bench-requirements
+	@echo "Measuring; the results will be in bench-run/"
+	@$(RUN) -m experiments.benchmarks $(BENCH_OPTIONS)
+
 clean:
-	@echo "Deleting the virtual environment, caches, builds and the demo's output"
-	@rm -rf .venv demo-run build dist docs/_build .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@echo "Deleting virtual environments, caches, builds and the output of demo and bench"
+	@rm -rf .venv .venv-bench bench-run demo-run build dist docs/_build .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv:
@@ -66,11 +80,14 @@ venv:
 	  echo "Making a virtual environment in $(VENV) with $$("$(PYTHON)" --version)"; \
 	  "$(PYTHON)" -m venv $$([ ! -f "$(VENV)/pyvenv.cfg" ] || echo --clear) "$(VENV)"; }
 
-# $(call install,NAME,EXTRAS)
+PIP_INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt
+
+# $(call install,NAME,EXTRAS,CONSTRAINTS,WITHOUT THEIR REQUIREMENTS), the last two optional
 define install
 	@$(CHECKSUMS) | cmp -s - "$(VENV)/$(1)-requirements" || { \
 	  echo "Installing spectra[$(2)] into $(VENV): minutes the first time, most of it PyTorch"; \
-	  $(RUN) -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt -e ".[$(2)]" \
+	  $(PIP_INSTALL) $(3) -e ".[$(2)]" \
+	  && { [ -z "$(4)" ] || $(PIP_INSTALL) $(3) --no-deps $(4); } \
 	  && $(CHECKSUMS) > "$(VENV)/$(1)-requirements"; }
 endef
 
@@ -82,3 +99,6 @@ test-requirements: venv
 
 lint-requirements: venv
 	$(call install,lint,lint)
+
+bench-requirements: venv
+	$(call install,bench,bench,-c $(BENCH)/constraints.txt,-r $(BENCH)/peers.txt)

@@ -1,0 +1,365 @@
+"""What did a run find? From `results.json` the page `benchmarks.md` and its plot.
+
+python -m experiments.benchmarks.tables bench-run/results.json docs
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NAMES = {"digits": "digits MLP", "cnn": "CNN", "gpt": "GPT", "minilm": "MiniLM", "tiny": "tiny"}
+WRONG = 1e-6  # relative error of a product in float64 beyond which it is another matrix's
+
+Record = dict[str, Any]
+Part = dict[str, Any]
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """The page and its plot."""
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    drawn = plot(results, folder / "figures" / "benchmarks.png")
+    (folder / "benchmarks.md").write_text(page(results, drawn), encoding="utf-8")
+
+
+def page(results: dict[str, Any], drawn: bool) -> str:
+    """All of it, in Markdown."""
+    sections = [
+        introduction(results),
+        workloads(results),
+        products(results, "records", "One batch"),
+        products(results, "many", "Many batches, the last one shorter"),
+        answers(results),
+        densities(results),
+        memories(results),
+        growths(results, drawn),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def introduction(results: dict[str, Any]) -> str:
+    m = results["machine"]
+    there = {name: v for name, v in m["versions"].items() if v}
+    absent = [name for name, v in m["versions"].items() if not v]
+    lines = [
+        "# Benchmarks",
+        "`make bench` prints this page anew. All contestants take turns within one process, and "
+        "every time is divided by that of a plain gradient of the same workload, measured right "
+        "before and right after it: **times are ratios within one run**, comparable across rows of "
+        "a table, not across runs or machines. Cells are medians, with quartiles in brackets.",
+        f"This run: {m['cpu']}, {m['cores']} cores, {m['threads']} thread(s), {m['system']}, Python "
+        f"{m['python']}, {m['date']}, {results.get('seconds', 0) / 60:.0f} minutes"
+        + (", with `--quick`" if results["quick"] else "")
+        + ". "
+        + ", ".join(f"{name} {v}" for name, v in there.items())
+        + ".",
+    ]
+    if results.get("note"):
+        lines.append(results["note"])
+    if absent:
+        lines.append("Not installed, and so left out: " + ", ".join(absent) + ".")
+    lines.append(
+        "Packages are used as their documentation says. What only the caller can choose (a "
+        "tolerance, a number of products) is raised from the default until the answer is as "
+        "accurate as asked, and the search for it is not counted. curvlinops runs without its "
+        "check of determinism, which costs two products and four gradients more. BackPACK has a "
+        "product and no solvers. «Wrong» is a relative error of the product in float64 above "
+        f"{WRONG:g}, against differentiating twice by hand."
+    )
+    return "\n\n".join(lines)
+
+
+def workloads(results: dict[str, Any]) -> str:
+    rows = []
+    for part in parts(results, "products"):
+        if "failure" in part:
+            rows.append([NAMES[part["workload"]], part["failure"], "", "", ""])
+            continue
+        one, many = part["description"], part["many_description"]
+        times = [s for r in part["records"] for s in r.get("gradient_seconds", [])]
+        unit = f"{1000 * np.median(times):.3g} ms" if times else ""
+        sizes = " + ".join(map(str, many["batches"]))
+        rows.append([NAMES[part["workload"]], f"{one['n']:,}", str(one["batches"][0]), sizes, unit])
+    if not rows:
+        return ""
+    header = ["workload", "parameters", "one batch", "many batches", "a gradient (one batch)"]
+    return "## Workloads\n\n" + WORKLOADS + "\n\n" + table(header, rows)
+
+
+WORKLOADS = (
+    "A tanh network and a residual CNN (batch norm in evaluation mode) on scikit-learn's digits; a "
+    "byte-level GPT trained for half a minute on the documentation that comes with Python; the "
+    "published weights of all-MiniLM-L6-v2 with their contrastive loss on sentences of the same "
+    "documentation. All in float32."
+)
+
+
+def products(results: dict[str, Any], key: str, title: str) -> str:
+    """First product, and the mean of the first twenty."""
+    found = [part for part in parts(results, "products") if key in part]
+    if not found:
+        return ""
+    header = ["gradients for a product"]
+    for part in found:
+        header += [f"{NAMES[part['workload']]}: first", "mean of 20"]
+    rows = []
+    for name in contestants(found, key):
+        row = [name]
+        for part in found:
+            record = record_of(part, name, key)
+            mark = wrong(record)
+            if record.get("failure"):
+                row += [shown(record["failure"]), ""]
+            elif "first" not in record:
+                row += ["not timed" + mark, ""]
+            else:
+                row += [spread(record["first"]) + mark, spread(record["amortised"]) + mark]
+        rows.append(row)
+    note = (
+        "The first product with everything it takes to get there (construction, graphs, checks), "
+        "and the mean of the first twenty."
+    )
+    for part in found:
+        count = part["description"].get("products", 20)
+        if count < 20:
+            name = NAMES[part["workload"]]
+            note += f" {name}: {count - 1} after the first were timed and stand for all nineteen."
+    return f"## Products. {title}\n\n{note}\n\n{table(header, rows)}"
+
+
+def wrong(record: Record) -> str:
+    error = record.get("error", 0.0)
+    if error <= WRONG:
+        return ""
+    return f", **wrong: {100 * error:.2g} % off**"
+
+
+def answers(results: dict[str, Any]) -> str:
+    """Times to the same accuracy."""
+    tasks = ["top 1", "top 10", "trace", "analysis"]
+    found = [part for task in tasks for part in parts(results, task)]
+    if not any("records" in part for part in found):
+        return ""
+    blocks = [
+        "## Answers at equal accuracy",
+        "Eigenpairs: every residual ‖Hx − λx‖ / |λ|, measured by us with a plain product, is at "
+        "most 0.001, and no contestant found larger ones. Trace: three runs out of three within "
+        "1 % of a reference (exact for the digits MLP, else an estimate to 0.3 % or as near as a "
+        "thousand products come). Analysis: ten eigenpairs, the trace and the density, for "
+        "spectra in one run. Cells: gradients, and in parentheses products where they can be "
+        "counted.",
+    ]
+    for task in tasks:
+        some = [part for part in parts(results, task) if "records" in part]
+        if not some:
+            continue
+        rows = [
+            [name, *(cell(record_of(part, name, "records")) for part in some)]
+            for name in contestants(some, "records")
+        ]
+        header = [task, *(NAMES[part["workload"]] for part in some)]
+        blocks.append(f"### {task.capitalize()}\n\n" + table(header, rows))
+        blocks += [
+            f"{NAMES[part['workload']]}: {part['failure']}."
+            for part in parts(results, task)
+            if "failure" in part
+        ]
+    return "\n\n".join(blocks)
+
+
+def cell(record: Record) -> str:
+    if record.get("failure"):
+        return shown(record["failure"])
+    text = spread(record["gradients"])
+    counts = [count for count in record.get("products", []) if count is not None]
+    return text + (f" ({np.median(counts):.0f} products)" if counts else "")
+
+
+def densities(results: dict[str, Any]) -> str:
+    found = [part for part in parts(results, "density") if "records" in part]
+    if not found:
+        return ""
+    header = ["density", *(NAMES[part["workload"]] for part in found)]
+    rows = []
+    for name in contestants(found, "records"):
+        row = [name]
+        for part in found:
+            record = record_of(part, name, "records")
+            text = cell(record)
+            if "distance" in record and "failure" not in record:
+                text += f", W1 {record['distance']:.1e} ‖H‖"
+            row.append(text)
+        rows.append(row)
+    note = (
+        "With about a hundred products (spectra: those for ten eigenpairs included). W1, the "
+        "Wasserstein-1 distance to the true eigenvalues, for the digits MLP in float64. curvlinops "
+        "returns a broadened curve, which costs it part of the distance."
+    )
+    return f"## Density at equal products\n\n{note}\n\n{table(header, rows)}"
+
+
+def memories(results: dict[str, Any]) -> str:
+    """Peaks, in MiB."""
+    found = [part for part in parts(results, "memory") if "records" in part]
+    if not found:
+        return ""
+    header = ["peak, MiB"]
+    for part in found:
+        header += [f"{NAMES[part['workload']]}: one batch", "many"]
+    rows = []
+    for name in contestants(found, "records"):
+        row = [name]
+        for part in found:
+            for key in ("records", "many"):
+                if key not in part:
+                    row.append("")
+                    continue
+                record = record_of(part, name, key)
+                row.append(shown(record["failure"]) if "failure" in record else peak(record))
+        rows.append(row)
+    note = (
+        "The peak resident set of a fresh process after three products; it includes Python, "
+        "PyTorch, the weights and what importing a package takes. The first row is a plain "
+        "gradient."
+    )
+    return f"## Memory\n\n{note}\n\n{table(header, rows)}"
+
+
+def peak(record: Record) -> str:
+    return f"{record['peak']:.0f}"
+
+
+TITLES = {
+    "n": "Width of the digits MLP",
+    "batches": "Batches of the CNN",
+    "length": "Length of the sequences of the GPT, at its initial weights",
+    "k": "Eigenpairs of the digits MLP",
+}
+
+
+def growths(results: dict[str, Any], drawn: bool) -> str:
+    found = [part for part in results["parts"] if part["workload"] == "growth"]
+    if not found:
+        return ""
+    blocks = ["## Growth"]
+    if drawn:
+        blocks.append("![Growth of time and memory](figures/benchmarks.png)")
+    for part in found:
+        points = part["points"]
+        names = [record["contestant"] for record in points[0]["records"]]
+        rows = []
+        for name in names:
+            row = [name]
+            for point in points:
+                record = record_of(point, name, "records")
+                if "failure" in record:
+                    row.append(shown(record["failure"]))
+                    continue
+                text = spread(record["gradients" if part["task"] == "k" else "amortised"])
+                memory = record_of(point, name, "memory")
+                row.append(text + (f"; {peak(memory)} MiB" if "peak" in memory else ""))
+            rows.append(row)
+        header = ["", *(label(part["task"], point) for point in points)]
+        unit = (
+            "Gradients for k eigenpairs."
+            if part["task"] == "k"
+            else "Gradients for a product (mean of 20; five after the first were timed and stand "
+            "for nineteen), and the peak of a process."
+        )
+        blocks.append(f"### {TITLES[part['task']]}\n\n{unit}\n\n{table(header, rows)}")
+    return "\n\n".join(blocks)
+
+
+def label(task: str, point: dict[str, Any]) -> str:
+    return f"n = {point['n']:,}" if task == "n" else f"{task} {point['size']}"
+
+
+def plot(results: dict[str, Any], file: Path) -> bool:
+    """Growth of time above, of memory below; False if there is nothing to draw."""
+    found = [part for part in results["parts"] if part["workload"] == "growth"]
+    if not found:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * len(found), 6), layout="constrained")
+    axes = figure.subplots(2, len(found), squeeze=False)
+    colors = {}
+    for column, part in enumerate(found):
+        points = part["points"]
+        sizes = [point["n"] if part["task"] == "n" else point["size"] for point in points]
+        key = "gradients" if part["task"] == "k" else "amortised"
+        for record in points[0]["records"]:
+            name = record["contestant"]
+            color = colors.setdefault(name, f"C{len(colors)}")
+            times = [quantiles(record_of(point, name, "records").get(key)) for point in points]
+            low, middle, high = np.array(times).T
+            axes[0, column].plot(sizes, middle, "o-", color=color, label=name, markersize=3)
+            axes[0, column].fill_between(sizes, low, high, color=color, alpha=0.2, linewidth=0)
+            peaks = [record_of(point, name, "memory").get("peak", np.nan) for point in points]
+            axes[1, column].plot(sizes, peaks, "o-", color=color, markersize=3)
+        axes[0, column].set_title(TITLES[part["task"]].split(",")[0], fontsize=9)
+        unit = "k pairs" if part["task"] == "k" else "a product"
+        axes[0, column].set_ylabel(f"gradients for {unit}", fontsize=8)
+        axes[1, column].set_ylabel("peak of the process, MiB", fontsize=8)
+        if part["task"] == "k":
+            axes[1, column].set_visible(False)
+        for axis in axes[:, column]:
+            axis.set_xscale("log")
+            axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axis.minorticks_off()
+            axis.set_ylim(bottom=0)
+            axis.tick_params(labelsize=7)
+            axis.set_xlabel({"n": "parameters"}.get(part["task"], part["task"]), fontsize=8)
+            axis.grid(alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(file, dpi=110)
+    return True
+
+
+def parts(results: dict[str, Any], task: str) -> list[Part]:
+    return [
+        part for part in results["parts"] if part["task"] == task and part["workload"] != "growth"
+    ]
+
+
+def contestants(found: Sequence[Part], key: str) -> list[str]:
+    """Those that were measured anywhere, in their order; an absent package has no row."""
+    names = list(dict.fromkeys(r["contestant"] for part in found for r in part.get(key, [])))
+    absent: Callable[[Record], bool] = lambda r: r.get("failure", "").endswith("not installed")  # noqa: E731
+    return [name for name in names if not all(absent(record_of(p, name, key)) for p in found)]
+
+
+def record_of(part: dict[str, Any], name: str, key: str) -> Record:
+    return next((r for r in part.get(key, []) if r["contestant"] == name), {"failure": "—"})
+
+
+def quantiles(values: Sequence[float] | None) -> list[float]:
+    if not values:
+        return [np.nan] * 3
+    return [float(q) for q in np.quantile(values, [0.25, 0.5, 0.75])]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and quartiles."""
+    low, middle, high = quantiles(values)
+    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def shown(failure: str) -> str:
+    """A failure in a cell: no line breaks, no column separators."""
+    return failure.replace("|", "\\|")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    write(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))

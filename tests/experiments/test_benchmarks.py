@@ -1,0 +1,90 @@
+"""The benchmark runs, says which packages are absent, and judges answers by what they are."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.benchmarks import __main__ as program
+from experiments.benchmarks import answers, peers, tables, timing
+from experiments.benchmarks.workloads import TINY
+
+PEERS = {"curvlinops", "hessian-eigenthings", "PyHessian", "landscaper", "BackPACK"}
+
+
+@pytest.fixture
+def _without_peers(monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+
+
+@pytest.fixture
+def _as_it_was(monkeypatch):
+    # The program sets these for its whole process, which here is that of other tests.
+    threads = torch.get_num_threads()
+    for name in ("OMP_NUM_THREADS", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, "1")
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def workload(tmp_path):
+    return TINY["tiny"](tmp_path, many=True)
+
+
+@pytest.mark.usefixtures("_without_peers", "_as_it_was")
+def test_the_quick_run_names_the_packages_that_are_absent(tmp_path):
+    only = ["--only", "tiny/products", "--only", "tiny/top 1", "--only", "tiny/density"]
+    arguments = ["--quick", "--tiny", "--threads", "1", "--out", str(tmp_path)]
+    assert program.main([*arguments, *only]) == 0
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [part["task"] for part in results["parts"]] == ["products", "top 1", "density"]
+    for record in results["parts"][0]["many"]:
+        if record["contestant"].split(",")[0] in PEERS:
+            assert record["failure"].endswith("is not installed")
+        else:
+            assert record["error"] < tables.WRONG
+            assert all(np.isfinite(record["first"] + record["amortised"]))
+    page = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert "times are ratios within one run" in page
+    assert "| spectra, retained |" in page
+
+
+def test_a_wrong_product_is_said_to_be_wrong(workload):
+    def without_weights(w):
+        product = peers.plain_fresh(w).hvp
+        return peers.Tools(lambda v: 1.5 * product(v))
+
+    records = timing.products(workload, {"wrong": without_weights}, 1)
+    assert records[0]["error"] == pytest.approx(0.5)
+    assert "wrong: 50 % off" in tables.wrong(records[0])
+
+
+def test_a_failure_is_its_first_line(workload):
+    def broken(w):
+        raise RuntimeError("no such kernel\nand much more")
+
+    assert timing.products(workload, {"broken": broken}, 1)[0]["failure"] == (
+        "RuntimeError: no such kernel"
+    )
+
+
+def test_residuals_are_measured_not_believed(workload):
+    def claims(w):
+        return peers.Tools(
+            peers.plain_fresh(w).hvp,
+            top=lambda k, setting, seed: (np.ones(k), torch.eye(w.n)[:, :k]),
+            tolerances=[1e-3],
+        )
+
+    contestants = {"claims": claims, "spectra": peers.CONTESTANTS["spectra"]}
+    false, true = answers.largest(workload, contestants, 2, rounds=1, limit=60)
+    assert false["failure"].startswith("residual")
+    assert true["residual"] <= answers.RESIDUAL
+
+
+def test_distance_of_two_measures():
+    exact = np.array([0.0, 0.0, 0.0, 4.0])
+    assert answers.distance((np.array([0.0, 4.0]), np.array([0.75, 0.25])), exact) == 0
+    assert answers.distance((np.array([1.0]), np.array([1.0])), exact) == pytest.approx(1.5)
