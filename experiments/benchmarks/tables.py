@@ -52,8 +52,8 @@ def introduction(results: dict[str, Any]) -> str:
         "every time is divided by that of a plain gradient of the same workload, measured right "
         "before and right after it: **times are ratios within one run**, comparable across rows of "
         "a table, not across runs or machines. Cells are medians, with quartiles in brackets.",
-        f"This run: {m['cpu']}, {m['cores']} cores, {m['threads']} thread(s), {m['system']}, Python "
-        f"{m['python']}, {m['date']}, {results.get('seconds', 0) / 60:.0f} minutes"
+        f"This run: {m['cpu']}, {m['cores']} cores, {m['threads']} thread(s), {m['system']}, "
+        f"Python {m['python']}, {m['date']}, {results.get('seconds', 0) / 60:.0f} minutes"
         + (", with `--quick`" if results["quick"] else "")
         + ". "
         + ", ".join(f"{name} {v}" for name, v in there.items())
