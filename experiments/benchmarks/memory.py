@@ -19,6 +19,19 @@ from typing import Any
 
 GRADIENT = "gradient"  # what the others are compared with
 
+# One row for each way to hold the graphs; a process each takes seconds.
+MEASURED = [
+    "spectra",
+    "spectra, fresh",
+    "plain, graph rebuilt",
+    "plain, graph retained",
+    "curvlinops",
+    "hessian-eigenthings",
+    "PyHessian",
+    "landscaper, cached",
+    "BackPACK",
+]
+
 
 def peaks(
     workload: str, contestants: Iterable[str], options: dict[str, Any], cache: Path, limit: float

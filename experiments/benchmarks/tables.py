@@ -317,7 +317,8 @@ def plot(results: dict[str, Any], file: Path) -> bool:
             axis.set_xlabel({"n": "parameters"}.get(part["task"], part["task"]), fontsize=8)
             axis.grid(alpha=0.3)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    columns = min(5, 2 * len(found))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
     figure.savefig(file, dpi=110)
     return True
 
