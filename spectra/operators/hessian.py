@@ -187,12 +187,12 @@ class HessianOperator(SymmetricOperator):
     def gradient(self) -> Tensor:
         """The gradient of L, flat (n,), in the same weighting.
 
-        Costs one gradient, and nothing over kept graphs.
+        Costs one gradient; nothing after a product whose graphs were all kept.
         """
         return self._oracle.value_and_gradient()[1]
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
-        """L and its gradient in one pass over the data, or none where graphs are kept."""
+        """L and its gradient in one pass over the data, or none where all graphs are kept."""
         return self._oracle.value_and_gradient()
 
     def block(self, params: Selection) -> HessianOperator:

@@ -85,12 +85,19 @@ class Graphs:
         self._bytes = 0
         self._state: Any = None
 
-    def each(self) -> Iterator[tuple[GradientGraph, bool]]:
-        """The graph of every part in order, and whether it outlives its turn."""
+    def all_kept(self) -> list[GradientGraph] | None:
+        """The graphs of all parts in order, if they are kept and nothing has changed."""
         if self._kept and self._state != self._objective.state():
             self.release()
-        if self._kept and len(self._kept) == self._parts:
-            for graph in self._kept.values():
+        if not self._kept or len(self._kept) < (self._parts or 0):
+            return None
+        return list(self._kept.values())
+
+    def each(self) -> Iterator[tuple[GradientGraph, bool]]:
+        """The graph of every part in order, and whether it outlives its turn."""
+        complete = self.all_kept()
+        if complete is not None:
+            for graph in complete:
                 yield graph, True
             return
         # What was found to fit is not tried again in every pass.
@@ -108,8 +115,8 @@ class Graphs:
                 # Undecided until it is seen what the work on it takes.
                 keep = self.policy != "fresh" and not decided
             yield graph, keep
-            if keep and not decided and self.policy == "auto":
-                keep = room.holds_one()
+            if keep and not decided:
+                keep = room.takes_one() or self.policy == "retained"
             if keep:
                 kept[place] = graph
             else:
@@ -119,7 +126,7 @@ class Graphs:
         for graph in kept.values():
             graph.kept = True
         if not decided:
-            self._bytes = room.used
+            self._bytes = room.used if self.policy == "auto" else room.growth()
         self._state = None
 
     def settle(self) -> None:
@@ -170,17 +177,21 @@ class _Room:
         """Another graph is about to be built."""
         self._held, self._peak = held_bytes(self._device), peak_bytes(self._device)
 
-    def holds_one(self) -> bool:
+    def takes_one(self) -> bool:
         """Whether the graph just used fits, with room for another one and the work on it."""
         held, peak = held_bytes(self._device), peak_bytes(self._device)
         # Without a new peak of the process it is not known; this is what networks take.
         work = peak - self._held if peak > self._peak else 3 * (held - self._held)
         self._most = max(self._most, work)
-        used = max(0, held - self._start)
+        used = self.growth()
         if used + self._most >= self._budget:
             return False
         self.used = used
         return True
+
+    def growth(self) -> int:
+        """By how much the process has grown since the pass began."""
+        return max(0, held_bytes(self._device) - self._start)
 
 
 def _check(policy: Any, memory_budget: Any) -> None:

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.errors import ArgumentError, DoubleBackwardError, LossError
+from spectra.errors import ArgumentError, LossError
 from spectra.objective.objective import Objective, Part
 from spectra.oracle import diagnose
 from spectra.oracle.attention import differentiable_attention
@@ -65,24 +65,17 @@ class HvpOracle:
         self._checked = False
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
-        """L and its gradient, flat (n,), in one pass over the data, or none over kept graphs."""
-        if self.graph != "fresh":
-            try:
-                with self._pass() as graphs:
-                    return self._summed((graph for graph, _ in graphs))
-            except DoubleBackwardError:
-                # There may be a first derivative where there is no second one.
-                self._graphs.release()
-            except torch.OutOfMemoryError:
-                if not self._graphs.give_up():
-                    raise
+        """L and its gradient, flat (n,): from kept graphs, or in a pass of ordinary gradients."""
         with self.objective.evaluating(), differentiable_attention():
-            plain = (
+            kept = self._graphs.all_kept()
+            if kept is not None:
+                return self._summed(kept)
+            # None is kept from here: what the work on it takes only a product shows.
+            return self._summed(
                 self._gradient_graph(part, create_graph=False) for part in self.objective.parts()
             )
-            return self._summed(plain)
 
-    def _summed(self, graphs: Iterator[GradientGraph]) -> tuple[float, Tensor]:
+    def _summed(self, graphs: Iterable[GradientGraph]) -> tuple[float, Tensor]:
         space = self.objective.space
         value, total, depends = 0.0, 0.0, False
         # In here: a tensor made under inference_mode could not be changed outside of it.

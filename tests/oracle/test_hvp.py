@@ -270,8 +270,8 @@ def test_one_pass_serves_any_number_of_vectors():
 def test_retained_graphs_serve_the_gradient_too():
     data, model = Counting(), tanh_mlp()
     operator = HessianOperator(model, LOSS, data)
-    value, gradient = operator.value_and_gradient()
     operator.apply(directions(operator.shape[0], 7))
+    value, gradient = operator.value_and_gradient()
     again, gradient_again = operator.value_and_gradient()
     assert data.passes == 1
     plain = HessianOperator(model, LOSS, batches(), graph="fresh").value_and_gradient()
