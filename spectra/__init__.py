@@ -28,6 +28,7 @@ from spectra.objective import losses
 from spectra.objective.parameters import ParameterSpace
 from spectra.operators.base import as_operator
 from spectra.operators.hessian import HessianOperator
+from spectra.oracle.recompute import recompute
 from spectra.results import load
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "losses",
     "norm",
     "participation_ratio",
+    "recompute",
     "solve",
     "spectral_density",
     "spectral_sum",

@@ -101,7 +101,8 @@ def checksums(tensors: Iterable[Tensor]) -> bytes:
 
 
 def _sums(entries: Tensor) -> list[Tensor]:
-    weights = torch.arange(1.0, 1.0 + min(_PIECE, len(entries)), device=entries.device)
+    count = min(_PIECE, len(entries))
+    weights = torch.arange(1.0, 1.0 + count, dtype=entries.dtype, device=entries.device)
     whole = len(entries) // _PIECE * _PIECE
     rest = entries[whole:]
     last = torch.dot(rest, weights[: len(rest)]).reshape(1)

@@ -17,7 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from spectra.errors import DoubleBackwardError
 
-__all__ = ["explain_failure", "locate_culprit", "refuse_bad_modules", "refuse_bad_nodes"]
+__all__ = [
+    "explain_failure",
+    "graph_nodes",
+    "locate_culprit",
+    "refuse_bad_modules",
+    "refuse_bad_nodes",
+]
 
 # Graph nodes that make a second derivative fail, vanish or be wrong: (name, what is the matter).
 # Each entry was seen to do so with torch 2.13 (gradgradcheck, or comparison with a dense Hessian).
@@ -79,14 +85,12 @@ def refuse_bad_modules(model: nn.Module | None) -> None:
             raise DoubleBackwardError(msg)
 
 
-def refuse_bad_nodes(
-    loss: Tensor, gradients: Iterable[Tensor | None], locate: Callable[[], str]
-) -> None:
+def refuse_bad_nodes(tensors: Iterable[Tensor | None], locate: Callable[[], str]) -> None:
     """Refuse a gradient whose graph holds an operation without a right second derivative.
 
     Parameters
     ----------
-    loss, gradients
+    tensors
         The loss and its gradients, computed with `create_graph=True`.
     locate
         Called only on failure: which module the operation belongs to.
@@ -95,7 +99,7 @@ def refuse_bad_nodes(
     ------
     DoubleBackwardError
     """
-    for node in _nodes([loss, *(g for g in gradients if g is not None)]):
+    for node in graph_nodes(t for t in tensors if t is not None):
         name = node.name()
         if _is_once_differentiable(node):
             name = f"torch::autograd::Error, {name}"
@@ -181,7 +185,7 @@ def _twice_differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict
         # A quadratic readout, so that no second derivative vanishes for want of curvature.
         readout = torch.stack([(t.double() ** 2).sum() for t in outputs]).sum()
         first = torch.autograd.grad(readout, sources, create_graph=True, allow_unused=True)
-        refuse_bad_nodes(readout, first, lambda: "")
+        refuse_bad_nodes([readout, *first], lambda: "")
         live = [g for g in first if g is not None and g.requires_grad]
         if live:
             torch.autograd.grad([(g.double() ** 2).sum() for g in live], sources, allow_unused=True)
@@ -201,7 +205,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """All nodes of the autograd graph behind some tensors, each once."""
     stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     seen = set(stack)

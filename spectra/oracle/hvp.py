@@ -229,7 +229,7 @@ class HvpOracle:
     ) -> tuple[Tensor | None, ...]:
         if not self._checked:
             locate = functools.partial(self._locate, graph.part)
-            diagnose.refuse_bad_nodes(graph.loss, graph.gradients, locate)
+            diagnose.refuse_bad_nodes([graph.loss, *graph.gradients], locate)
         live = [
             (g, v.to(g))
             for g, v in zip(graph.gradients, direction, strict=True)

@@ -37,3 +37,14 @@ def test_nothing_and_what_has_no_entries():
     checksums([torch.zeros(0), torch.zeros(0, 3)])
     checksums([torch.eye(3).to_sparse()])
     checksums([torch.ones(3, 5, 4).transpose(0, 2), torch.tensor(2.0)])
+
+
+def test_another_default_dtype_does_not_matter():
+    before = torch.get_default_dtype()
+    kept = tensors(torch.float32)
+    expected = checksums(kept)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert checksums(kept) == expected
+    finally:
+        torch.set_default_dtype(before)
