@@ -27,6 +27,7 @@ from spectra.analysis import storage
 from spectra.analysis.analyze import Analysis, analyze
 from spectra.analysis.budget import parse_budget
 from spectra.errors import ArgumentError, ArgumentTypeError, SpectraError, TargetError
+from spectra.objective.memory import memory_ran_out
 from spectra.operators.base import SymmetricOperator
 from spectra.operators.hessian import HessianOperator
 from spectra.oracle.graphs import GraphPolicy
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SpectraError as error:
         return _fail(error, status)
     except Exception as error:
-        if _is_out_of_memory(error):
+        if memory_ran_out(error):
             advice = "; try --microbatch, fewer parameters (--params), or a smaller basis (--ncv)"
             return _fail(error, _FAILED, advice)
         traceback.print_exc()
@@ -440,13 +441,6 @@ def _fail(error: Exception, status: int, advice: str = "") -> int:
     message = " ".join(str(error).split()) or type(error).__name__
     print(f"spectra: error: {message}{advice}", file=sys.stderr)
     return status
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On the CPU PyTorch raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def _holds_demo(directory: Path) -> bool:

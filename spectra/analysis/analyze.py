@@ -360,13 +360,21 @@ def _density(
 
 def _graph_notes(operator: dict[str, Any]) -> list[str]:
     """A slower path than the usual one is said."""
+    notes = [f"memory: {reason}" for reason in operator.get("recompute", {}).get("because", ())]
+    blocks = operator.get("recompute", {}).get("blocks")
+    if blocks:
+        notes.append(
+            f"{blocks} blocks of the model were recomputed instead of kept, at about a third more "
+            "time a product"
+        )
     graphs = operator.get("graphs")
     if operator.get("graph") != "auto" or graphs is None or graphs["retained"] == graphs["parts"]:
-        return []
+        return notes
     why = operator.get("graph_fallback", "the others did not fit into the memory for them")
     return [
+        *notes,
         f"the gradient's graphs of {graphs['retained']} of {graphs['parts']} batches were kept "
-        f"between products ({why}); with all of them a product takes a third less"
+        f"between products ({why}); with all of them a product takes a third less",
     ]
 
 

@@ -3,7 +3,8 @@
 A loss is any function `loss(model, batch) -> scalar tensor`. Two attributes make it exact on
 batches of unequal size: `weight(batch)`, the number of terms its mean runs over, and `reduction`,
 "mean" or "sum". The losses here carry both; for a plain function the weight is the number of
-samples.
+samples. A third one, `separable = True`, says that the loss compares no sample with another, so
+that batches may be split where memory is short.
 """
 
 from __future__ import annotations
@@ -28,6 +29,16 @@ _PER_SAMPLE = (
     nn.MultiMarginLoss,
     nn.CosineEmbeddingLoss,
 )
+# Functions whose mean runs over entries of the target, or over those that count.
+_PER_ENTRY = {
+    functional.mse_loss,
+    functional.l1_loss,
+    functional.smooth_l1_loss,
+    functional.huber_loss,
+    functional.binary_cross_entropy,
+    functional.binary_cross_entropy_with_logits,
+}
+_PER_TARGET = {functional.cross_entropy, functional.nll_loss}
 
 
 def supervised(criterion: Callable[[Tensor, Tensor], Tensor]) -> Supervised:
@@ -81,6 +92,9 @@ class Supervised:
             )
             raise ArgumentError(msg)
         self._per_sample = self.reduction == "batchmean" or isinstance(criterion, _PER_SAMPLE)
+        # PyTorch's own compare no sample with another; what others do is not known.
+        own = type(criterion).__module__ == nn.modules.loss.__name__
+        self.separable = own or criterion in _PER_ENTRY | _PER_TARGET
         if self.reduction == "batchmean":
             self.reduction = "mean"
 
@@ -107,18 +121,11 @@ class Supervised:
             return number_of_samples(batch)
         if isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
             return _class_weight(targets, criterion.ignore_index, criterion.weight)
-        if criterion in {functional.cross_entropy, functional.nll_loss}:
+        if criterion in _PER_TARGET:
             return _class_weight(targets, _IGNORED, None)
         if self._per_sample:
             return float(len(targets)) if targets.dim() else 1.0
-        if isinstance(criterion, nn.Module) or criterion in {
-            functional.mse_loss,
-            functional.l1_loss,
-            functional.smooth_l1_loss,
-            functional.huber_loss,
-            functional.binary_cross_entropy,
-            functional.binary_cross_entropy_with_logits,
-        }:
+        if isinstance(criterion, nn.Module) or criterion in _PER_ENTRY:
             return float(targets.numel())
         return number_of_samples(batch)
 
@@ -139,6 +146,7 @@ class CausalLM:
     """See `causal_lm`."""
 
     reduction = "mean"
+    separable = True
 
     def __init__(self, ignore_index: int) -> None:
         self.ignore_index = ignore_index

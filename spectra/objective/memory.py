@@ -1,4 +1,4 @@
-"""How much memory is free on a device, and how much does this process hold?"""
+"""How much memory is free on a device, held by this process, and saved by a forward pass?"""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-__all__ = ["free_bytes", "held_bytes", "peak_bytes"]
+__all__ = ["SavedBytes", "free_bytes", "held_bytes", "in_words", "memory_ran_out", "peak_bytes"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -60,6 +62,53 @@ def peak_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class SavedBytes:
+    """How much the operations of a forward pass save for its backward pass.
+
+    Parameters
+    ----------
+    apart_from
+        Tensors that are in memory anyway: parameters, inputs.
+    """
+
+    def __init__(self, apart_from: Iterable[Tensor]) -> None:
+        self._known = {_address(tensor) for tensor in apart_from}
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def total(self) -> int:
+        """Bytes that were saved, those that operations share counted once."""
+        return sum(self._sizes.values())
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Within it what is saved is counted, apart from what other such contexts count inside."""
+        with torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor):
+            yield
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided and _address(tensor) not in self._known:
+            self._sizes[_address(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory left."""
+    # PyTorch's allocator on the CPU raises what everything else raises, too.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def in_words(size: float) -> str:
+    """A number of bytes for people."""
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
 
 
 def _return_freed_memory() -> None:

@@ -47,6 +47,7 @@ from spectra.objective.keeping import (
     without_hooks,
 )
 from spectra.objective.losses import number_of_samples
+from spectra.objective.memory import memory_ran_out
 from spectra.objective.modes import stochastic_modules
 from spectra.objective.parameters import (
     NamedTensors,
@@ -54,6 +55,7 @@ from spectra.objective.parameters import (
     Selection,
     all_parameters,
     select_parameters,
+    stand_ins,
 )
 
 __all__ = ["FunctionObjective", "ModelObjective", "Objective", "Part"]
@@ -77,14 +79,23 @@ class Part:
 class Objective(Protocol):
     """A scalar function of `parameters`, as a weighted sum of the losses of its parts."""
 
+    # What is differentiated by, and the tensors that hold its values: mostly the same ones.
     parameters: list[Tensor]
+    stored: list[Tensor]
     space: ParameterSpace
     # The function as a message names it, such as "the loss supervised(MSELoss())".
     function_name: str
+    # Samples in a part; None for those of a batch.
+    microbatch: int | None
 
     @property
     def model(self) -> nn.Module | None:
         """The model, where there is one."""
+        ...
+
+    @property
+    def separable(self) -> bool:
+        """Whether parts can be split further without changing the function."""
         ...
 
     def parts(self) -> Iterator[Part]:
@@ -120,6 +131,8 @@ class FunctionObjective:
     """A scalar function of tensors, without a model."""
 
     model: nn.Module | None = None
+    microbatch: int | None = None
+    separable = False
 
     def __init__(
         self,
@@ -154,7 +167,7 @@ class FunctionObjective:
         self._watched = list(watched)
         # Fresh leaves on the caller's memory: later in-place changes are seen, and the caller's own
         # tensors, their grad and their graph stay out of it.
-        self.parameters = [tensor.detach().requires_grad_() for tensor in tensors]
+        self.parameters = self.stored = [tensor.detach().requires_grad_() for tensor in tensors]
         names = names or [f"tensor{i}" for i in range(len(tensors))]
         self.space = ParameterSpace(dict(zip(names, self.parameters, strict=True)), dtype)
 
@@ -210,6 +223,7 @@ class ModelObjective:
         hold_data: bool = False,
         allow_training_mode: bool = False,
         dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             msg = (
@@ -241,14 +255,26 @@ class ModelObjective:
         self._weight: Callable[[Any], float] = (
             getattr(loss, "weight", number_of_samples) if weight is None else weight
         )
-        self._microbatch = microbatch
+        self.microbatch = microbatch
         self._data = reiterable(data, hold_data=hold_data)
         self._num_batches: int | None = None
         self._allow_training_mode = allow_training_mode
         selected = select_parameters(model, params)
-        self.parameters = list(selected.values())
+        self.parameters = self.stored = list(selected.values())
+        if compute_dtype is not None:
+            selected = stand_ins(selected, compute_dtype)
+            self.parameters = list(selected.values())
         self.space = ParameterSpace(selected, dtype)
         self._check_mode()
+
+    @property
+    def separable(self) -> bool:
+        """The loss says of itself that it is a mean or sum over samples, and no module mixes them.
+
+        Of an unknown loss that is not taken for granted: one that compares the samples of a batch
+        with each other is another function on parts of it.
+        """
+        return getattr(self._loss, "separable", False) and not self._allow_training_mode
 
     def parts(self) -> Iterator[Part]:
         """Batches, or the microbatches they are split into, on the model's device."""
@@ -258,7 +284,7 @@ class ModelObjective:
             label = f"batch {index}"
             moved = to_device(batch, self.space.device)
             for place, piece in enumerate(self._split(moved, label)):
-                name = label if self._microbatch is None else f"{label}, microbatch {place}"
+                name = label if self.microbatch is None else f"{label}, microbatch {place}"
                 weight = self._weight_of(piece, name)
                 # A mean over no terms is nan in PyTorch, and counts for nothing here.
                 if weight > 0:
@@ -312,8 +338,8 @@ class ModelObjective:
             gradients_on(),
             random_state_kept(self._data),
             buffers_kept(self.model),
-            requiring_grad(self.model, self.parameters),
-            without_hooks(self.parameters),
+            requiring_grad(self.model, self.stored),
+            without_hooks(self.stored),
         ):
             # A loader that shuffles, and perhaps drops the rest, gives every pass the same batches.
             seed_generators(self.space.device, ())
@@ -329,7 +355,7 @@ class ModelObjective:
 
     def named_parameters(self) -> NamedTensors:
         """The selected parameters; tied ones have several names."""
-        chosen = {id(parameter) for parameter in self.parameters}
+        chosen = {id(parameter) for parameter in self.stored}
         return [(names, p) for names, p in all_parameters(self.model) if id(p) in chosen]
 
     def state(self) -> tuple[Any, ...]:
@@ -349,7 +375,7 @@ class ModelObjective:
             "loss": self._loss_name,
             "reduction": self.reduction,
             "batches": self._num_batches,
-            "microbatch": self._microbatch,
+            "microbatch": self.microbatch,
             "training_mode": self._allow_training_mode,
         }
 
@@ -369,7 +395,7 @@ class ModelObjective:
             )
             raise StochasticModelError(msg)
         batch_norm = next((n for n, _, statistics in problems if statistics), None)
-        if self._microbatch is not None and batch_norm is not None:
+        if self.microbatch is not None and batch_norm is not None:
             msg = (
                 f"module {batch_norm!r} computes statistics over the batch, so microbatches would "
                 "change the objective; use model.eval() or leave microbatch out"
@@ -392,7 +418,7 @@ class ModelObjective:
         return weight
 
     def _split(self, batch: Any, label: str) -> Iterator[Any]:
-        size = self._microbatch
+        size = self.microbatch
         if size is None:
             yield batch
             return
@@ -405,9 +431,11 @@ class ModelObjective:
 def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
     try:
         value = evaluate()
-    except (SpectraError, torch.OutOfMemoryError):
+    except SpectraError:
         raise
     except Exception as error:
+        if memory_ran_out(error):
+            raise
         msg = f"the loss raised {type(error).__name__} on {part.label}: {error}"
         raise LossError(msg) from error
     if not isinstance(value, Tensor):

@@ -21,6 +21,7 @@ __all__ = [
     "all_parameters",
     "matching",
     "select_parameters",
+    "stand_ins",
 ]
 
 Selection: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
@@ -156,6 +157,26 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, T
             msg = f"parameter {name!r} {problem}; leave it out with params="
             raise ParameterSelectionError(msg)
     return selected
+
+
+def stand_ins(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Zeros in the parameters' shapes, to be added to copies of them in `dtype`.
+
+    Derivatives by them are those by the parameters, and not rounded to the parameters' own dtype.
+
+    Raises
+    ------
+    ArgumentTypeError
+        Another dtype than float32 or float64.
+    """
+    if dtype not in {torch.float32, torch.float64}:
+        msg = f"compute_dtype={dtype}; expected torch.float32 or torch.float64"
+        raise ArgumentTypeError(msg)
+    return {
+        # A single zero, expanded: however large the parameter, it takes no memory.
+        name: torch.zeros((), dtype=dtype, device=p.device).expand(p.shape).requires_grad_()
+        for name, p in parameters.items()
+    }
 
 
 def all_parameters(model: nn.Module) -> list[tuple[list[str], Tensor]]:

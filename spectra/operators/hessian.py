@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from spectra.objective.parameters import ParameterSpace, Selection, matching
 from spectra.operators.base import SymmetricOperator
 from spectra.oracle.graphs import GraphPolicy
 from spectra.oracle.hvp import HvpOracle
+from spectra.oracle.segments import Recompute
 
 __all__ = ["HessianOperator"]
 
@@ -54,8 +55,22 @@ class HessianOperator(SymmetricOperator):
         mode or a tensor in a list of batches has changed; after any other change (an attribute
         of the model, the files that a loader reads) call `release()`.
     memory_budget
-        Bytes for `graph="auto"`: what kept graphs and the work on one batch may take. Half of the
-        memory free in the first pass by default.
+        Bytes for kept graphs and the work on one batch: decides which graphs are kept, whether
+        blocks are recomputed, and whether batches are split. "auto", the default: half of the
+        memory free in the first pass.
+    recompute
+        "auto": where the graph of a batch would not fit, the repeated blocks of the model (layers
+        of a transformer, of a residual network) keep only their inputs and are computed again, at
+        a third more time. "none": never. A glob over names of modules, or several: those, always.
+        Checkpointing that the model does by itself is done in the same way. See
+        `spectra.recompute`.
+    compute_dtype
+        torch.float32 or torch.float64, for a model stored in another dtype: every block computes on
+        copies of its parameters, which live only as long. Products are those of the model
+        converted as a whole, whose copy need not fit.
+    tf32
+        Leave TensorFloat-32, and bfloat16 inside of float32 products, as the program has set it;
+        by default both are off during products.
     compile
         Compile the products on kept graphs, which takes minutes and pays after hundreds of
         products. Where that fails, is wrong, or is no faster, they stay as they are, and
@@ -99,7 +114,10 @@ class HessianOperator(SymmetricOperator):
         reduction: str | None = None,
         weight: Callable[[Any], float] | None = None,
         graph: GraphPolicy = "auto",
-        memory_budget: int | None = None,
+        memory_budget: int | Literal["auto"] | None = None,
+        recompute: Recompute = "auto",
+        compute_dtype: torch.dtype | None = None,
+        tf32: bool = False,
         compile: bool = False,
         microbatch: int | None = None,
         hold_data: bool = False,
@@ -117,10 +135,19 @@ class HessianOperator(SymmetricOperator):
                 microbatch=microbatch,
                 allow_training_mode=allow_training_mode,
                 dtype=dtype,
+                compute_dtype=compute_dtype,
             )
 
         batches = reiterable(data, hold_data=hold_data)
-        self._set_up(restricted_to(params), graph, memory_budget, compile, restricted_to)
+        options: dict[str, Any] = {
+            "graph": graph,
+            "memory_budget": None if memory_budget == "auto" else memory_budget,
+            "recompute": recompute,
+            "compute_dtype": compute_dtype,
+            "tf32": tf32,
+            "compile": compile,
+        }
+        self._set_up(restricted_to(params), restricted_to, options)
 
     @classmethod
     def from_function(
@@ -164,20 +191,19 @@ class HessianOperator(SymmetricOperator):
             return FunctionObjective(partial, chosen, dtype, [names[i] for i in free], points)
 
         operator = cls.__new__(cls)
-        operator._set_up(FunctionObjective(f, points, dtype), graph, None, False, restricted_to)
+        operator._set_up(FunctionObjective(f, points, dtype), restricted_to, {"graph": graph})
         return operator
 
     def _set_up(
         self,
         objective: Objective,
-        graph: GraphPolicy,
-        memory_budget: int | None,
-        compiled: bool,
         restricted_to: Callable[[Selection], Objective],
+        options: dict[str, Any],
     ) -> None:
         self.objective = objective
-        self._oracle = HvpOracle(objective, graph, memory_budget, compiled)
+        self._oracle = HvpOracle(objective, **options)
         self._restricted_to = restricted_to
+        self._options = options
         super().__init__(objective.space)
 
     def value(self) -> float:
@@ -209,13 +235,8 @@ class HessianOperator(SymmetricOperator):
         chosen = present if params is None else matching(present, params)
         kept = {names[0] for names, _ in chosen}
         operator = type(self).__new__(type(self))
-        operator._set_up(
-            self._restricted_to(lambda name, _: name in kept),
-            self._oracle.graph,
-            self._oracle.memory_budget,
-            self._oracle.compiled,
-            self._restricted_to,
-        )
+        objective = self._restricted_to(lambda name, _: name in kept)
+        operator._set_up(objective, self._restricted_to, self._options)
         return operator
 
     def quadratic_forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:

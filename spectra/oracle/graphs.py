@@ -206,9 +206,9 @@ def _check(policy: Any, memory_budget: Any) -> None:
     if memory_budget < 0:
         msg = f"memory_budget={memory_budget:,}; expected a number of bytes of at least 0"
         raise ArgumentError(msg)
-    if policy != "auto":
+    if policy == "retained":
         msg = (
-            f"memory_budget decides which graphs are kept, but graph={policy!r} has settled that; "
+            "memory_budget decides which graphs are kept, but graph='retained' has settled that; "
             "give one of the two"
         )
         raise ArgumentError(msg)

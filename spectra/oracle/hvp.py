@@ -11,21 +11,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.errors import ArgumentError, LossError
+from spectra.errors import ArgumentError, LossError, SpectraError
+from spectra.objective.memory import memory_ran_out
 from spectra.objective.objective import Objective, Part
 from spectra.oracle import diagnose
 from spectra.oracle.attention import differentiable_attention
 from spectra.oracle.compiled import Compiler
 from spectra.oracle.graphs import GradientGraph, GraphPolicy, Graphs
+from spectra.oracle.planning import Plan, PlanChangedError
+from spectra.oracle.precision import autocast_off, full_float32
+from spectra.oracle.recompute import UnsuitableSegmentError
+from spectra.oracle.segments import Recompute
 
 __all__ = ["HvpOracle"]
+
+T = TypeVar("T")
 
 
 class HvpOracle:
@@ -43,30 +50,42 @@ class HvpOracle:
         Bytes for "auto"; half of the free memory by default.
     compile
         Compile the products on kept graphs, from the second pass on.
+    recompute
+        Which blocks of the model are computed again instead of being kept, see `planning.py`.
+    compute_dtype
+        In which the model computes whatever its parameters are stored in, see `casting.py`.
+    tf32
+        Leave the precision of float32 products as the program has set it, see `precision.py`.
     """
 
     def __init__(
         self,
         objective: Objective,
+        *,
         graph: GraphPolicy = "auto",
         memory_budget: int | None = None,
         compile: bool = False,
+        recompute: Recompute = "auto",
+        compute_dtype: torch.dtype | None = None,
+        tf32: bool = False,
     ) -> None:
         if compile and graph == "fresh":
             msg = "compile=True compiles products on kept graphs, but graph='fresh' keeps none"
             raise ArgumentError(msg)
         self._graphs = Graphs(objective, self._gradient_graph, graph, memory_budget)
         diagnose.refuse_bad_modules(objective.model)
+        self._plan = Plan(objective, recompute, memory_budget, compute_dtype)
         self.objective = objective
-        self.graph = graph
-        self.memory_budget = memory_budget
-        self.compiled = compile
+        self._tf32 = tf32
         self._compiler = Compiler() if compile else None
         self._checked = False
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L and its gradient, flat (n,): from kept graphs, or in a pass of ordinary gradients."""
-        with self.objective.evaluating(), differentiable_attention():
+        return self._in_the_memory_there_is(self._value_and_gradient)
+
+    def _value_and_gradient(self) -> tuple[float, Tensor]:
+        with self._evaluating():
             kept = self._graphs.all_kept()
             if kept is not None:
                 return self._summed(kept)
@@ -95,7 +114,7 @@ class HvpOracle:
     def value(self) -> float:
         """L alone, without any derivative."""
         value, total = 0.0, 0.0
-        with self.objective.evaluating(), differentiable_attention(), torch.no_grad():
+        with self._evaluating(), torch.no_grad():
             for part in self.objective.parts():
                 value += part.weight * float(self.objective.loss(part))
                 total += part.weight
@@ -114,13 +133,38 @@ class HvpOracle:
         DoubleBackwardError
             An operation has no second derivative, or a wrong one; the message names the module.
         """
+        return self._in_the_memory_there_is(lambda: self._multiplied(vectors))
+
+    def _in_the_memory_there_is(self, compute: Callable[[], T]) -> T:
+        """The result of a pass, in ever cheaper settings until it does not run out of memory."""
+        while True:
+            with contextlib.suppress(_TryAgain):
+                return self._tried(compute)
+
+    def _tried(self, compute: Callable[[], T]) -> T:
         try:
-            return self._multiplied(vectors)
-        except torch.OutOfMemoryError:
-            if not self._graphs.give_up():
+            return compute()
+        except PlanChangedError:
+            self._graphs.release()
+        except UnsuitableSegmentError as error:
+            if not self._plan.do_without(error):
                 raise
-        # Outside of the handler: its traceback holds on to what the failed pass had computed.
-        return self._multiplied(vectors)
+        except Exception as error:
+            if not memory_ran_out(error):
+                raise
+            # What the failed pass had computed hangs on its traceback.
+            error.__traceback__ = None
+            if not self._next_cheaper():
+                raise
+        raise _TryAgain
+
+    def _next_cheaper(self) -> bool:
+        if self._graphs.give_up():
+            return True
+        if not self._plan.next_cheaper():
+            return False
+        self._graphs.release()
+        return True
 
     def _multiplied(self, vectors: Tensor) -> Tensor:
         space = self.objective.space
@@ -158,6 +202,9 @@ class HvpOracle:
         LossError, NonFiniteError, DoubleBackwardError
             As `products` does.
         """
+        return self._in_the_memory_there_is(lambda: self._forms(vectors))
+
+    def _forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
         space = self.objective.space
         directions = [space.views(row) for row in vectors]
         weights, forms, depends = [], [], False
@@ -183,14 +230,15 @@ class HvpOracle:
         self._graphs.release()
 
     def describe(self) -> dict[str, Any]:
-        """Which graphs are kept, for the provenance of results."""
-        if self._compiler is None:
-            return self._graphs.describe()
-        return {**self._graphs.describe(), "compiled": self._compiler.describe()}
+        """What was chosen to be kept and computed again, for the provenance of results."""
+        described = {**self._graphs.describe(), **self._plan.describe()}
+        if self._compiler is not None:
+            described["compiled"] = self._compiler.describe()
+        return described
 
     def find_non_finite(self) -> str | None:
         """Label of the first part whose loss or gradient is not finite, if there is one."""
-        with self.objective.evaluating(), differentiable_attention():
+        with self._evaluating():
             for part in self.objective.parts():
                 loss = self.objective.loss(part)
                 gradients = self._first_derivative(part, loss, create_graph=False)
@@ -199,14 +247,26 @@ class HvpOracle:
         return None
 
     @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Within it losses are evaluated and differentiated."""
+        kind = self.objective.space.device.type
+        with (
+            self.objective.evaluating(),
+            contextlib.nullcontext() if self._tf32 else full_float32(kind),
+            # Around the backward too: what is recomputed runs forward passes there.
+            differentiable_attention(),
+            self._plan.applied(),
+        ):
+            yield
+
+    @contextlib.contextmanager
     def _pass(self) -> Iterator[Iterator[tuple[GradientGraph, bool]]]:
-        # Around the backward too: activation checkpointing runs the forward pass again there.
-        with self.objective.evaluating(), differentiable_attention():
+        with self._evaluating():
             yield self._graphs.each()
         self._graphs.settle()
 
     def _gradient_graph(self, part: Part, *, create_graph: bool = True) -> GradientGraph:
-        loss = self.objective.loss(part)
+        loss = self._plan.loss(part)
         gradients = self._first_derivative(part, loss, create_graph=create_graph)
         return GradientGraph(part, loss if create_graph else loss.detach(), gradients)
 
@@ -215,14 +275,10 @@ class HvpOracle:
     ) -> tuple[Tensor | None, ...]:
         if not loss.requires_grad:
             return (None,) * len(self.objective.parameters)
-        try:
+        with self._differentiating(part):
             return torch.autograd.grad(
                 loss, self.objective.parameters, create_graph=create_graph, allow_unused=True
             )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise self._explained(error, part) from error
 
     def _second_derivative(
         self, graph: GradientGraph, direction: list[Tensor], *, keep_graph: bool
@@ -252,12 +308,8 @@ class HvpOracle:
                 allow_unused=True,
             )
 
-        try:
+        with self._differentiating(graph.part):
             terms = differentiate(vectors)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise self._explained(error, graph.part) from error
         if self._compiler is not None and graph.kept and not graph.tried:
             graph.tried = True
             graph.product = self._compiler.compile(differentiate, vectors)
@@ -273,14 +325,26 @@ class HvpOracle:
             )
             raise LossError(msg)
 
-    def _explained(self, error: RuntimeError, part: Part) -> Exception:
-        return diagnose.explain_failure(error, lambda: self._locate(part))
+    @contextlib.contextmanager
+    def _differentiating(self, part: Part) -> Iterator[None]:
+        """Within it a derivative is taken; PyTorch's errors get the name of the module."""
+        try:
+            with autocast_off(self.objective.space.device.type):
+                yield
+        except RuntimeError as error:
+            if isinstance(error, SpectraError) or memory_ran_out(error):
+                raise
+            raise diagnose.explain_failure(error, lambda: self._locate(part)) from error
 
     def _locate(self, part: Part) -> str:
         objective = self.objective
         return diagnose.locate_culprit(
             objective.model, lambda: objective.loss(part), objective.function_name
         )
+
+
+class _TryAgain(Exception):
+    """Another setting was found after a pass failed."""
 
 
 class _WeightedSum:

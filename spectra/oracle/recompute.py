@@ -4,10 +4,10 @@ A segment y = f(x, θ) keeps only its inputs, through the forward pass, the back
 double backward; whatever else is needed is computed again from them. PyTorch's own checkpointing
 does that for the first backward pass only: under a double backward it keeps everything.
 
-Each of the two autograd functions below saves inputs and nothing else. The first is f; its backward
-is the second, the gradient of f; *its* backward differentiates f twice in one go. With the products
-of a forward pass through the segment as the unit, the gradient costs 4 instead of 3, and a product
-on it 12 instead of 6.
+In the graph of autograd a segment is a node that saves its inputs and nothing else. The backward of
+it is another such node, which computes the gradient of f when it is reached; the backward of that
+one differentiates f twice in one go, and so on. With the products of a forward pass through the
+segment as the unit, the gradient costs 4 instead of 3, and a product on it 12 instead of 6.
 
 References: Griewank and Walther, 2000, "Algorithm 799: revolve, an implementation of checkpointing
 for the reverse or adjoint mode of computational differentiation"; Chen, Xu, Zhang and Guestrin,
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from spectra.errors import ArgumentTypeError, DoubleBackwardError, SpectraError
+from spectra.errors import ArgumentTypeError, SpectraError
+from spectra.objective.memory import SavedBytes
 from spectra.oracle import diagnose
 
 __all__ = ["Site", "UnsuitableSegmentError", "inside_a_segment", "recompute"]
@@ -35,7 +36,17 @@ _INSIDE: ContextVar[bool] = ContextVar("inside a segment", default=False)
 
 
 class UnsuitableSegmentError(SpectraError, RuntimeError):
-    """A function cannot be computed again from its inputs alone."""
+    """A function cannot be computed again from its inputs alone.
+
+    Attributes
+    ----------
+    overwrites
+        Because it changes one of them in place.
+    """
+
+    def __init__(self, message: str, *, overwrites: bool = False) -> None:
+        super().__init__(message)
+        self.overwrites = overwrites
 
 
 class Site:
@@ -45,19 +56,20 @@ class Site:
     ----------
     name
         For messages, such as "module 'layers.0' (Block)".
+    parameters
+        What is in memory whether it is saved or not.
     checked
         Its second derivative has been looked through for operations that PyTorch gets wrong.
-    saved_bytes
-        What one evaluation without recomputation would keep for its backward pass, the largest of
-        those measured; 0 until `measure` is set.
+    measured
+        (bytes saved, bytes of inputs) for every evaluation: what an ordinary one would keep for its
+        backward pass, and what the segment keeps instead. Only where it is set to a list.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, parameters: Iterable[Tensor] = ()) -> None:
         self.name = name
+        self.parameters = list(parameters)
         self.checked = False
-        self.measure = False
-        self.saved_bytes = 0
-        self.input_bytes = 0
+        self.measured: list[tuple[int, int]] | None = None
 
 
 def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +97,7 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         The function uses a tensor with a history that is not among its arguments, or overwrites an
         argument in place.
     DoubleBackwardError
-        In the backward pass: an operation has no second derivative, or a wrong one.
+        In the backward pass: an operation is known to have a wrong second derivative.
 
     Examples
     --------
@@ -138,7 +150,7 @@ class _Segment:
         self._parameters: list[Tensor] = []
         self._circumstances = _Circumstances([self._arguments[i].device for i in self._places])
         # The tensors of the output, between the first evaluation and its place in the graph.
-        self.pending: list[Tensor] | None = None
+        self._first: list[Tensor] = []
 
     def run(self) -> Any:
         """The function's output, with the segment as its history where it has one."""
@@ -147,49 +159,63 @@ class _Segment:
         for place in self._places:
             self._arguments[place] = None
         versions = [tensor._version for tensor in given]
+        leaves = _fresh(given, [tensor.requires_grad for tensor in given])
         begun = _next_node_number()
-        with self._circumstances.first_time(), self._measured(given):
-            leaves, output = self._evaluate(given, [tensor.requires_grad for tensor in given])
-        for tensor, version in zip(given, versions, strict=True):
-            if tensor._version != version:
-                msg = (
-                    f"{self.site.name} overwrites one of its arguments, of shape "
-                    f"{tuple(tensor.shape)}, in place, so that it cannot be computed again from "
-                    "them; let it work on a copy, or leave it out of the recomputation"
-                )
-                raise UnsuitableSegmentError(msg)
+        try:
+            with self._circumstances.first_time(), self._measured(given):
+                output = self._call(leaves)
+        except RuntimeError as error:
+            # Autograd's own words for the same thing, where the argument requires a gradient.
+            if "leaf Variable that requires grad" not in str(error):
+                raise
+            raise self._overwriting() from error
+        if any(t._version != version for t, version in zip(given, versions, strict=True)):
+            raise self._overwriting()
         results, structure = tree_flatten(output)
         tensors = [result for result in results if isinstance(result, Tensor)]
         if not any(tensor.requires_grad for tensor in tensors):
             return output
         self._parameters = self._used_parameters(tensors, leaves, begun)
-        self.pending = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        self._first = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
         # The graph of this evaluation has served.
         del output, tensors
-        rest = iter(_Forward.apply(self, *given, *self._parameters))
+        rest = iter(_Node.apply(self, *given, *self._parameters))
         results = [next(rest) if isinstance(result, Tensor) else result for result in results]
         return tree_unflatten(results, structure)
 
-    def again(self, inputs: list[Tensor], needed: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
-        """The inputs as fresh leaves, and the tensors of the output as functions of them.
+    def taken(self) -> list[Tensor]:
+        """The tensors of the first output, once."""
+        outputs, self._first = self._first, []
+        return outputs
 
-        Parameters are leaves already, and stand for themselves.
-        """
+    def _overwriting(self) -> UnsuitableSegmentError:
+        msg = (
+            f"{self.site.name} overwrites one of its arguments in place, so that it cannot be "
+            "computed again from them; let it work on a copy (inplace=False), or leave it out of "
+            "the recomputation"
+        )
+        return UnsuitableSegmentError(msg, overwrites=True)
+
+    def fresh(self, inputs: Sequence[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
+        """Leaves on the memory of the inputs; parameters are leaves, and stand for themselves."""
         count = len(self._places)
-        with torch.enable_grad(), self._circumstances.repeated():
-            leaves, output = self._evaluate(inputs[:count], needed[:count])
-        tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-        return [*leaves, *self._parameters], tensors
+        return [*_fresh(inputs[:count], wanted[:count]), *self._parameters]
 
-    def _evaluate(self, given: list[Tensor], needed: list[bool]) -> tuple[list[Tensor], Any]:
-        leaves = [t.detach().requires_grad_(n) for t, n in zip(given, needed, strict=True)]
+    def evaluate(self, leaves: list[Tensor], *, create_graph: bool) -> list[Tensor | None]:
+        """The tensors of the output, as functions of the leaves, the same as the first time."""
+        assert create_graph
+        with self._circumstances.repeated():
+            output = self._call(leaves[: len(self._places)])
+        return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+
+    def _call(self, tensors: list[Tensor]) -> Any:
         arguments = list(self._arguments)
-        for place, leaf in zip(self._places, leaves, strict=True):
-            arguments[place] = leaf
+        for place, tensor in zip(self._places, tensors, strict=True):
+            arguments[place] = tensor
         args, kwargs = tree_unflatten(arguments, self._structure)
         token = _INSIDE.set(True)
         try:
-            return leaves, self._function(*args, **kwargs)
+            return self._function(*args, **kwargs)
         finally:
             _INSIDE.reset(token)
 
@@ -216,120 +242,91 @@ class _Segment:
     @contextlib.contextmanager
     def _measured(self, given: list[Tensor]) -> Iterator[None]:
         """Note how much an ordinary evaluation would save, if the site is to be measured."""
-        if not self.site.measure:
+        if self.site.measured is None:
             yield
             return
-        own = {tensor.untyped_storage().data_ptr() for tensor in given}
-        saved: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            # Parameters stay in memory anyway.
-            if not (tensor.is_leaf and tensor.requires_grad) and tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in own:
-                    saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        saved = SavedBytes([*given, *self.site.parameters])
+        with saved.counting():
             yield
-        self.site.saved_bytes = max(self.site.saved_bytes, sum(saved.values()))
-        self.site.input_bytes = sum(t.untyped_storage().nbytes() for t in given if t.requires_grad)
+        inputs = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in given}
+        self.site.measured.append((saved.total, sum(inputs.values())))
 
 
-class _Forward(torch.autograd.Function):
-    """The segment's function, of which the first evaluation has been made already."""
+class _Derivative:
+    """The gradient of a segment, or of such a gradient, as a function of inputs and cotangents.
+
+    Parameters
+    ----------
+    of
+        What is differentiated.
+    needed
+        For every input of it, whether the gradient by it is wanted.
+    """
+
+    def __init__(self, of: _Segment | _Derivative, needed: list[bool]) -> None:
+        self.of = of
+        self.site: Site = of.site
+        self._needed = needed
+
+    def fresh(self, inputs: Sequence[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
+        """Leaves on the memory of the inputs, and of the cotangents that follow."""
+        count = len(self._needed)
+        either = [a or b for a, b in zip(self._needed, wanted[:count], strict=True)]
+        return [*self.of.fresh(inputs[:count], either), *_fresh(inputs[count:], wanted[count:])]
+
+    def evaluate(self, leaves: list[Any], *, create_graph: bool) -> list[Tensor | None]:
+        """The gradients by the inputs, None where there is none, as functions of the leaves."""
+        count = len(self._needed)
+        outputs = self.of.evaluate(leaves[:count], create_graph=True)
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(outputs, leaves[count:], strict=True)
+            if output is not None and cotangent is not None and output.requires_grad
+        ]
+        wanted = [leaf for leaf, need in zip(leaves, self._needed, strict=False) if need]
+        if not pairs or not wanted:
+            return [None] * count
+        sources, cotangents = zip(*pairs, strict=True)
+        found = torch.autograd.grad(
+            sources, wanted, cotangents, create_graph=create_graph, allow_unused=True
+        )
+        if create_graph and not self.site.checked:
+            diagnose.refuse_bad_nodes([*sources, *found], lambda: self.site.name)
+            self.site.checked = True
+        rest = iter(found)
+        return [next(rest) if need else None for need in self._needed]
+
+
+class _Node(torch.autograd.Function):
+    """A segment or a derivative of one in the graph of autograd, with nothing but its inputs."""
 
     @staticmethod
-    def forward(ctx: Any, segment: _Segment, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.segment = segment
+    def forward(ctx: Any, of: _Segment | _Derivative, *inputs: Tensor | None) -> Any:
+        ctx.of = of
         ctx.save_for_backward(*inputs)
         # An absent gradient is not the same as one of zeros, which would have to be multiplied.
         ctx.set_materialize_grads(False)
-        outputs, segment.pending = segment.pending, None
-        assert outputs is not None
-        constant = [tensor for tensor in outputs if not tensor.requires_grad]
-        ctx.mark_non_differentiable(*constant)
-        return tuple(tensor.detach() if tensor.requires_grad else tensor for tensor in outputs)
+        if isinstance(of, _Segment):
+            outputs = of.taken()
+            ctx.mark_non_differentiable(*(t for t in outputs if not t.requires_grad))
+            return tuple(t.detach() if t.requires_grad else t for t in outputs)
+        with torch.enable_grad():
+            leaves = of.fresh(inputs, [False] * len(inputs))
+            found = of.evaluate(leaves, create_graph=False)
+        # Distinct tensors: two inputs may get the very same one.
+        return tuple(None if tensor is None else tensor.detach() for tensor in found)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        inputs = ctx.saved_tensors
-        needed = list(ctx.needs_input_grad[1:])
-        return None, *_Gradient.apply(ctx.segment, needed, len(inputs), *inputs, *cotangents)
+        derivative = _Derivative(ctx.of, list(ctx.needs_input_grad[1:]))
+        return None, *_Node.apply(derivative, *ctx.saved_tensors, *cotangents)
 
 
-class _Gradient(torch.autograd.Function):
-    """The gradient of a segment's function, a function of its inputs and of the cotangents."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, segment: _Segment, needed: list[bool], count: int, *given: Any
-    ) -> tuple[Tensor | None, ...]:
-        ctx.segment, ctx.needed, ctx.count = segment, needed, count
-        ctx.save_for_backward(*given)
-        ctx.set_materialize_grads(False)
-        leaves, outputs = segment.again(list(given[:count]), needed)
-        gradients = _gradients(leaves, outputs, given[count:], needed, create_graph=False)
-        # Distinct tensors: two inputs may get the very same one.
-        return tuple(None if g is None else g.detach() for g in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *vectors: Tensor | None) -> Any:
-        segment, needed, count = ctx.segment, ctx.needed, ctx.count
-        if torch.is_grad_enabled():
-            msg = f"{segment.site.name} is recomputed, and can be differentiated twice but no more"
-            raise DoubleBackwardError(msg)
-        given = ctx.saved_tensors
-        leaves, outputs = segment.again(list(given[:count]), needed)
-        with torch.enable_grad():
-            cotangents = [
-                None if c is None else c.detach().requires_grad_(wanted)
-                for c, wanted in zip(given[count:], ctx.needs_input_grad[3 + count :], strict=True)
-            ]
-            gradients = _gradients(leaves, outputs, cotangents, needed, create_graph=True)
-        if not segment.site.checked:
-            live = [tensor for tensor in outputs if tensor.requires_grad]
-            diagnose.refuse_bad_nodes([*live, *gradients], lambda: segment.site.name)
-            segment.site.checked = True
-        pairs = [
-            (g, v)
-            for g, v in zip(gradients, vectors, strict=True)
-            if g is not None and v is not None and g.requires_grad
-        ]
-        variables = [*leaves, *cotangents]
-        wanted = [t for t in variables if t is not None and t.requires_grad]
-        terms: dict[int, Tensor | None] = {}
-        if pairs:
-            sources, directions = zip(*pairs, strict=True)
-            found = torch.autograd.grad(sources, wanted, directions, allow_unused=True)
-            terms = {id(t): term for t, term in zip(wanted, found, strict=True)}
-        return None, None, None, *(terms.get(id(t)) for t in variables)
-
-
-def _gradients(
-    leaves: list[Tensor],
-    outputs: list[Tensor],
-    cotangents: Any,
-    needed: list[bool],
-    *,
-    create_graph: bool,
-) -> list[Tensor | None]:
-    """One gradient for each leaf, None where it is not needed or nothing depends on it."""
-    pairs = [
-        (y, c)
-        for y, c in zip(outputs, cotangents, strict=True)
-        if c is not None and y.requires_grad
+def _fresh(tensors: Sequence[Tensor | None], wanted: list[bool]) -> list[Any]:
+    return [
+        None if tensor is None else tensor.detach().requires_grad_(want)
+        for tensor, want in zip(tensors, wanted, strict=True)
     ]
-    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-    if not pairs or not wanted:
-        return [None] * len(leaves)
-    sources, directions = zip(*pairs, strict=True)
-    found = iter(
-        torch.autograd.grad(
-            sources, wanted, directions, create_graph=create_graph, allow_unused=True
-        )
-    )
-    return [next(found) if need else None for need in needed]
 
 
 class _Circumstances:

@@ -180,22 +180,30 @@ class Checkpointed(nn.Module):
         return checkpoint(lambda x: torch.tanh(self.layer(x)), x, use_reentrant=self.reentrant)
 
 
-def test_reentrant_checkpointing_is_refused_with_its_module():
-    operator = HessianOperator(network(Checkpointed(reentrant=True)), LOSS, [(X, Y)])
-    match = r"module '2\.1' \(Checkpointed\).*use_reentrant=True.*Fix: .*use_reentrant=False"
-    for question in (operator.to_dense, operator.gradient):
-        with pytest.raises(DoubleBackwardError, match=match):
-            question()
-
-
 @pytest.mark.parametrize("graph", ["fresh", "retained"])
-def test_other_checkpointing_is_right(graph):
-    model = network(Checkpointed(reentrant=False))
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_the_models_own_is_right(graph, reentrant):
+    model = network(Checkpointed(reentrant=reentrant))
     plain = rewritten(model, nn.Sequential(model[2][1].layer, nn.Tanh()))
     operator = HessianOperator(model, LOSS, [(X[:2], Y[:2]), (X[2:], Y[2:])], graph=graph)
     expected = dense_hessian(plain, lambda call: functional.mse_loss(call(X), Y))
     for _ in range(2):
         torch.testing.assert_close(operator.to_dense(), expected, rtol=1e-9, atol=1e-12)
+
+
+class SecretlyCheckpointed(Checkpointed):
+    """Holds the function where nobody looks."""
+
+    def forward(self, x, _hidden=(checkpoint,)):
+        return _hidden[0](lambda x: torch.tanh(self.layer(x)), x, use_reentrant=self.reentrant)
+
+
+def test_reentrant_checkpointing_that_cannot_be_replaced_is_refused_with_its_module():
+    operator = HessianOperator(network(SecretlyCheckpointed(reentrant=True)), LOSS, [(X, Y)])
+    match = r"module '2\.1' \(Secret.*use_reentrant=True.*Fix: .*use_reentrant=False"
+    for question in (operator.to_dense, operator.gradient):
+        with pytest.raises(DoubleBackwardError, match=match):
+            question()
 
 
 # --- operations without a second derivative ------------------------------------------------------

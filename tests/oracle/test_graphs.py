@@ -234,7 +234,11 @@ def test_a_gradient_is_had_where_a_product_is_not():
             "memory_budget='4GB' is a str; expected bytes",
             ArgumentTypeError,
         ),
-        ({"memory_budget": 1, "graph": "fresh"}, "graph='fresh' has settled that", ArgumentError),
+        (
+            {"memory_budget": 1, "graph": "retained"},
+            "graph='retained' has settled that",
+            ArgumentError,
+        ),
     ],
 )
 def test_wrong_policies_are_refused(options, message, error):

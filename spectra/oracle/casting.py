@@ -1,0 +1,168 @@
+"""How does a model stored in half precision compute in another one, and give products in that?
+
+Parameters stay as they are. Each module that holds some gets copies in the wanted dtype inside of
+a segment, so that they live as long as that segment is computed. What is differentiated by are
+stand-ins of the wanted dtype: zeros in the shapes of the parameters, which take no memory and are
+added to the copies. A gradient by a parameter in bfloat16 would be rounded to bfloat16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from spectra.errors import LossError
+from spectra.oracle import diagnose
+from spectra.oracle.recompute import Site, run_segment
+from spectra.oracle.segments import attributes_replaced
+
+__all__ = ["Casting"]
+
+
+class Casting:
+    """Which modules of a model compute on copies of their parameters.
+
+    Parameters
+    ----------
+    model
+        With parameters of any floating dtypes.
+    dtype
+        Of the copies.
+    stand_ins
+        What is differentiated by in place of a parameter, for those that are analysed.
+    blocks
+        Modules that are computed as one segment; all others that hold parameters by themselves
+        become segments of their own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        stand_ins: dict[Tensor, Tensor],
+        blocks: Iterable[nn.Module],
+    ) -> None:
+        self._model = model
+        self.dtype = dtype
+        self._stand_ins = stand_ins
+        self.sites: dict[nn.Module, Site] = {}
+        # Too few to become a segment, because they hold others: their own parameters are copied
+        # for as long as the model is at work.
+        self._outer: list[nn.Module] = []
+        self._divide("", model, set(blocks))
+
+    def _divide(self, name: str, module: nn.Module, blocks: set[nn.Module]) -> None:
+        inner = module is not self._model and blocks.isdisjoint(module.modules())
+        own = any(p is not None for p in module._parameters.values())
+        if module in blocks or (own and inner):
+            kind = type(module).__name__
+            self.sites[module] = Site(f"module {name!r} ({kind})", module.parameters())
+            return
+        if own:
+            self._outer.append(module)
+        for key, child in module.named_children():
+            self._divide(f"{name}.{key}" if name else key, child, blocks)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the model computes in the wanted dtype."""
+        with contextlib.ExitStack() as stack:
+            for module in self._outer:
+                copies = self._copies([module], self._stand_ins)
+                stack.enter_context(_replaced([module], copies))
+            stack.enter_context(
+                attributes_replaced(
+                    [
+                        (module, "forward", self._casted(site, module, module.forward))
+                        for module, site in self.sites.items()
+                    ]
+                )
+            )
+            yield
+
+    def refuse_others(self, loss: Tensor) -> None:
+        """Refuse a loss that reads a parameter elsewhere than in the module that holds it.
+
+        Raises
+        ------
+        LossError
+        """
+        for node in diagnose.graph_nodes([loss]):
+            variable = getattr(node, "variable", None)
+            if variable is not None and variable in self._stand_ins:
+                name = next(n for n, p in self._model.named_parameters() if p is variable)
+                msg = (
+                    f"parameter {name!r} is used outside of the module that holds it, where "
+                    "compute_dtype does not reach it; call that module, convert the whole model "
+                    "with model.float(), or leave the parameter out with params="
+                )
+                raise LossError(msg)
+
+    def _casted(
+        self, site: Site, module: nn.Module, forward: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        inside = list(module.modules())
+        # Arguments of the segment, so that it is differentiated by them.
+        names: list[Tensor] = [
+            p for m in inside for p in m._parameters.values() if p in self._stand_ins
+        ]
+        stand_ins = [self._stand_ins[parameter] for parameter in names]
+
+        def on_copies(given: list[Tensor], args: Any, kwargs: Any) -> Any:
+            copies = self._copies(inside, dict(zip(names, given, strict=True)))
+            args, kwargs = tree_map(self._widened, (args, kwargs))
+            with _replaced(inside, copies):
+                return forward(*args, **kwargs)
+
+        # Some models look at the signatures of their layers.
+        @functools.wraps(forward)
+        def segment(*args: Any, **kwargs: Any) -> Any:
+            return run_segment(site, on_copies, (stand_ins, args, kwargs), {})
+
+        return segment
+
+    def _copies(
+        self, modules: list[nn.Module], stand_ins: dict[Tensor, Tensor]
+    ) -> dict[Tensor, Tensor]:
+        """Parameters and buffers in the wanted dtype, by the tensors that they replace."""
+        copies: dict[Tensor, Tensor] = {}
+        for module in modules:
+            for tensor in [*module._parameters.values(), *module._buffers.values()]:
+                if tensor is None or tensor in copies or not tensor.is_floating_point():
+                    continue
+                copy = tensor.detach().to(self.dtype)
+                copies[tensor] = copy + stand_ins[tensor] if tensor in stand_ins else copy
+        return copies
+
+    def _widened(self, value: Any) -> Any:
+        """An argument as a model gets it that is stored in the wanted dtype."""
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(torch.promote_types(value.dtype, self.dtype))
+        return value
+
+
+@contextlib.contextmanager
+def _replaced(modules: list[nn.Module], copies: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Within it the modules hold copies in place of their parameters and buffers."""
+    held: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (d, dict(d)) for m in modules for d in (m._parameters, m._buffers)
+    ]
+    flat = [(m, m._flat_weights) for m in modules if isinstance(m, nn.RNNBase)]
+    try:
+        for tensors, before in held:
+            tensors.update({name: copies.get(t, t) for name, t in before.items() if t is not None})
+        for module, weights in flat:
+            # Recurrent modules hold their parameters a second time.
+            module._flat_weights = [w if w is None else copies.get(w, w) for w in weights]
+        yield
+    finally:
+        for tensors, before in held:
+            tensors.update(before)
+        for module, weights in flat:
+            module._flat_weights = weights

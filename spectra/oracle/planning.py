@@ -1,0 +1,218 @@
+"""What fits into memory: whole graphs, recomputed segments, or smaller parts of the data as well?
+
+Decided on the first part of the data, by what the process has come to hold after its forward pass;
+where that gets too much on the way, the pass is given up. Over networks from perceptrons to
+transformers a product took 4 to 6.6 times what the forward pass saves, and a few vectors of the
+length of the parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectra.errors import DataError, SpectraError
+from spectra.objective.batches import leading_dimension
+from spectra.objective.memory import free_bytes, held_bytes, in_words
+from spectra.objective.objective import Objective, Part
+from spectra.oracle.casting import Casting
+from spectra.oracle.recompute import Site, UnsuitableSegmentError
+from spectra.oracle.segments import Recompute, checkpoints_routed, chosen_modules, recomputing
+
+__all__ = ["Plan", "PlanChangedError"]
+
+# What a product takes, in units of what a forward pass saves, and of vectors.
+_WORK, _VECTORS = 6, 5
+# In units of the inputs of segments: they, their gradients, and what a product adds to both.
+_INPUTS = 4
+
+
+class PlanChangedError(SpectraError):
+    """The pass that was begun takes too much memory: there is a new plan."""
+
+
+class Plan:
+    """Which blocks are recomputed, and how small the parts of the data are.
+
+    Parameters
+    ----------
+    objective
+        Whose products are to be computed; its `microbatch` is set where it has to be.
+    recompute
+        "auto", "none", or globs over modules, which are then recomputed in any case.
+    memory_budget
+        Bytes for the work on one part; half of the free memory by default.
+    compute_dtype
+        In which the blocks compute, on copies of their parameters; they are then recomputed in any
+        case.
+
+    Attributes
+    ----------
+    recomputes
+        Blocks are recomputed.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        recompute: Recompute,
+        memory_budget: int | None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._objective = objective
+        self._budget = memory_budget
+        modules = chosen_modules(objective.model, recompute)
+        self._casting: Casting | None = None
+        if compute_dtype is not None:
+            assert objective.model is not None
+            stand_ins = dict(zip(objective.stored, objective.parameters, strict=True))
+            blocks = list(modules.values())
+            self._casting = Casting(objective.model, compute_dtype, stand_ins, blocks)
+        self._automatic = recompute == "auto" and self._casting is None
+        self._sites: dict[nn.Module, Site] = (
+            self._casting.sites
+            if self._casting is not None
+            else {
+                module: Site(f"module {name!r} ({type(module).__name__})", module.parameters())
+                for name, module in modules.items()
+            }
+        )
+        self.recomputes = bool(self._sites) and not self._automatic
+        self._decided = False
+        # Of the part that was looked at last: how many pieces it can be split into.
+        self._samples = 0
+        self._reasons: list[str] = []
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the blocks are recomputed, if that is the plan."""
+        with checkpoints_routed(self._objective.model):
+            if self.recomputes:
+                with self._as_segments():
+                    yield
+            else:
+                yield
+
+    def loss(self, part: Part) -> Tensor:
+        """The loss of a part; that of the first one settles the plan.
+
+        Raises
+        ------
+        PlanChangedError
+            The part takes more than there is: begin again.
+        """
+        self._samples = self._pieces(part)
+        loss = self._objective.loss(part) if self._decided else self._first_loss(part)
+        if self._casting is not None:
+            self._casting.refuse_others(loss)
+        return loss
+
+    def next_cheaper(self) -> bool:
+        """After memory ran out: recompute, or else halve the parts; whether there was a way."""
+        self._decided = True
+        if self._automatic and self._sites and not self.recomputes:
+            self.recomputes = True
+            self._reasons.append("memory ran out with whole graphs")
+            return True
+        if self._samples < 2:
+            return False
+        self._split(self._samples // 2, "memory ran out")
+        return True
+
+    def do_without(self, error: UnsuitableSegmentError) -> bool:
+        """A block cannot be recomputed: leave them all as they are, if nobody asked for it."""
+        if not self._automatic or not self._sites:
+            return False
+        self._sites, self.recomputes = {}, False
+        self._reasons.append(f"no block is recomputed: {error}")
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        """What was chosen and why, for the provenance of results."""
+        chosen: dict[str, Any] = {}
+        if self._casting is not None:
+            chosen["compute_dtype"] = str(self._casting.dtype).removeprefix("torch.")
+        if self.recomputes or self._reasons:
+            chosen["recompute"] = {"blocks": len(self._sites) if self.recomputes else 0}
+        if self._reasons:
+            chosen["recompute"]["because"] = list(self._reasons)
+        return chosen
+
+    def _first_loss(self, part: Part) -> Tensor:
+        device = self._objective.space.device
+        budget = free_bytes(device) // 2 if self._budget is None else self._budget
+        fixed = self._bytes_of_vectors()
+        begun = held_bytes(device)
+
+        def needed() -> int:
+            grown = max(0, held_bytes(device) - begun)
+            if not self.recomputes:
+                return fixed + _WORK * grown
+            measured = [pair for site in self._sites.values() for pair in site.measured or ()]
+            inputs = sum(taken for _, taken in measured)
+            work = max(0, grown - inputs) + max((saved for saved, _ in measured), default=0)
+            return fixed + _INPUTS * inputs + _WORK * work
+
+        def recompute_instead(taken: int) -> None:
+            if taken > budget and self._automatic and self._sites and not self.recomputes:
+                self.recomputes = True
+                self._reasons.append(
+                    f"a batch without would take more than {in_words(budget)}, which is what "
+                    "there is for it"
+                )
+                raise PlanChangedError
+
+        with self._watched(lambda: recompute_instead(needed())):
+            loss = self._objective.loss(part)
+        taken = needed()
+        recompute_instead(taken)
+        if taken > budget and self._samples > 1:
+            # Work below what the vectors take anyway would save nothing worth its time.
+            size = int(self._samples * max(fixed, budget - fixed) / max(taken - fixed, 1))
+            if size < self._samples:
+                self._split(max(1, size), f"a batch would take about {in_words(taken)}")
+                raise PlanChangedError
+        for site in self._sites.values():
+            site.measured = None
+        self._decided = True
+        return loss
+
+    @contextlib.contextmanager
+    def _watched(self, after_each: Callable[[], None]) -> Iterator[None]:
+        """Within it a function is called after every block, or the segments are measured."""
+        if self.recomputes:
+            for site in self._sites.values():
+                site.measured = []
+            yield
+            return
+        hooks = [block.register_forward_hook(lambda *_: after_each()) for block in self._sites]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _as_segments(self) -> contextlib.AbstractContextManager[None]:
+        return recomputing(self._sites) if self._casting is None else self._casting.applied()
+
+    def _bytes_of_vectors(self) -> int:
+        space = self._objective.space
+        return _VECTORS * space.n * torch.finfo(space.dtype).bits // 8
+
+    def _pieces(self, part: Part) -> int:
+        """Into how many pieces a part can be split without changing the objective, 0 if not."""
+        if not self._objective.separable:
+            return 0
+        try:
+            return leading_dimension(part.batch, part.label)
+        except DataError:
+            return 0
+
+    def _split(self, size: int, reason: str) -> None:
+        self._objective.microbatch = size
+        samples = "1 sample" if size == 1 else f"{size} samples"
+        self._reasons.append(f"{reason}: batches are split into parts of {samples}")

@@ -1,0 +1,192 @@
+"""Which modules of a model are recomputed as segments, and how are they made to be?"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from spectra.errors import ArgumentError, ArgumentTypeError
+from spectra.oracle.recompute import Site, UnsuitableSegmentError, inside_a_segment, run_segment
+
+__all__ = [
+    "Recompute",
+    "attributes_replaced",
+    "checkpoints_routed",
+    "chosen_modules",
+    "recomputing",
+    "repeated_blocks",
+]
+
+Recompute = str | Sequence[str]
+"""`"auto"`, `"none"`, or one or several globs over names of modules."""
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def chosen_modules(model: nn.Module | None, recompute: Recompute) -> dict[str, nn.Module]:
+    """The modules that `recompute` names, or those that "auto" may choose.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        A glob matches no module, or something else than a string was given.
+    """
+    if recompute == "none" or (model is None and recompute == "auto"):
+        return {}
+    globs = [recompute] if isinstance(recompute, str) else list(recompute)
+    if model is None or not globs or not all(isinstance(glob, str) for glob in globs):
+        msg = (
+            f"recompute={recompute!r}; expected 'auto', 'none', or globs over the names of a "
+            "model's modules, such as 'layers.*'"
+        )
+        raise ArgumentTypeError(msg)
+    if recompute == "auto":
+        return repeated_blocks(model)
+    names = [name for name, _ in model.named_modules() if name]
+    for glob in globs:
+        if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+            near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3) or names[:3]
+            msg = (
+                f"recompute: no module matches {glob!r}. Near matches: "
+                f"{', '.join(map(repr, near)) or 'there are no modules in the model'}; see "
+                "model.named_modules()"
+            )
+            raise ArgumentError(msg)
+    chosen: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer in chosen)
+        if not inner and any(fnmatch.fnmatchcase(name, glob) for glob in globs):
+            chosen[name] = module
+    return chosen
+
+
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks that a model repeats, by name: such as the layers of a transformer.
+
+    They are the composite members of a ModuleList, ModuleDict or Sequential of which two or more
+    are of one class; the outermost such containers count.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def search(name: str, module: nn.Module) -> None:
+        children = [(f"{name}.{key}" if name else key, m) for key, m in module.named_children()]
+        composite = {key: child for key, child in children if _is_block(child)}
+        kinds = [type(child) for child in composite.values()]
+        if isinstance(module, _CONTAINERS) and len(kinds) > len(set(kinds)):
+            found.update(composite)
+            return
+        for key, child in children:
+            search(key, child)
+
+    search("", model)
+    return found
+
+
+def _is_block(module: nn.Module) -> bool:
+    # A list or dict of modules is not called itself, and has children that are.
+    return (
+        not isinstance(module, nn.ModuleList | nn.ModuleDict | torch.jit.ScriptModule)
+        and next(module.children(), None) is not None
+    )
+
+
+@contextlib.contextmanager
+def recomputing(sites: dict[nn.Module, Site]) -> Iterator[None]:
+    """Within it these modules run as segments; their hooks stay outside of them."""
+
+    def as_segment(site: Site, forward: Callable[..., Any]) -> Callable[..., Any]:
+        # Some models look at the signatures of their layers.
+        @functools.wraps(forward)
+        def segment(*args: Any, **kwargs: Any) -> Any:
+            # What is inside of a checkpoint of the model's own is recomputed already.
+            if inside_a_segment():
+                return forward(*args, **kwargs)
+            return run_segment(site, forward, args, kwargs)
+
+        return segment
+
+    with attributes_replaced(
+        [(module, "forward", as_segment(site, module.forward)) for module, site in sites.items()]
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def attributes_replaced(replacements: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Set attributes of objects, in their own dictionaries, and put back what was there."""
+    missing = object()
+    before = [(owner, name, vars(owner).get(name, missing)) for owner, name, _ in replacements]
+    try:
+        for owner, name, value in replacements:
+            vars(owner)[name] = value
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            if value is missing:
+                vars(owner).pop(name, None)
+            else:
+                vars(owner)[name] = value
+
+
+@contextlib.contextmanager
+def checkpoints_routed(model: nn.Module | None) -> Iterator[None]:
+    """Within it the model's own activation checkpointing recomputes under a double backward, too.
+
+    PyTorch's saves no memory there, and its reentrant kind loses gradients. Replaced are the names
+    under which modules, and the files that define their classes, hold its function.
+    """
+    replacements: list[tuple[Any, str, Any]] = [
+        (torch.utils.checkpoint, "checkpoint", _routed_checkpoint)
+    ]
+    files: set[str] = set()
+    for module in model.modules() if model is not None else ():
+        files.update(kind.__module__ for kind in type(module).__mro__)
+        for name, value in vars(module).items():
+            if value is checkpoint:
+                replacements.append((module, name, _routed_checkpoint))
+            elif isinstance(value, functools.partial) and value.func is checkpoint:
+                partial = functools.partial(_routed_checkpoint, *value.args, **value.keywords)
+                replacements.append((module, name, partial))
+    for file in sorted(files):
+        # Not those of PyTorch itself, nor of what never imported it.
+        scope = sys.modules.get(file)
+        if scope is not None and not file.startswith("torch."):
+            names = [name for name, value in vars(scope).items() if value is checkpoint]
+            replacements += [(scope, name, _routed_checkpoint) for name in names]
+    with attributes_replaced(replacements):
+        yield
+
+
+# How `checkpoint` recomputes, which has no bearing on a segment.
+_OPTIONS = (
+    "use_reentrant",
+    "context_fn",
+    "determinism_check",
+    "debug",
+    "early_stop",
+    "preserve_rng_state",
+)
+
+
+def _routed_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In place of `torch.utils.checkpoint.checkpoint`: a segment, or nothing inside of one."""
+    kwargs = {name: value for name, value in kwargs.items() if name not in _OPTIONS}
+    if inside_a_segment():
+        return function(*args, **kwargs)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    try:
+        return run_segment(Site(f"the checkpoint of {name}"), function, args, kwargs)
+    except UnsuitableSegmentError as error:
+        if error.overwrites:
+            raise
+        # A closure over intermediate results: right without recomputation, at the price of memory.
+        return function(*args, **kwargs)
