@@ -613,8 +613,8 @@ def test_what_cannot_be_meant_is_refused_before_any_product(options, error, mess
 
 def test_module_traces_by_something_else_are_refused():
     found = diagonal(np.eye(3))
-    with pytest.raises(ArgumentError, match="expected 'module' or 'parameter'"):
-        found.module_traces("layer")
+    with pytest.raises(ArgumentError, match="expected 'layer', 'module' or 'parameter'"):
+        found.module_traces("block")
 
 
 @pytest.mark.parametrize("method", ["auto", "hutchinson", "xdiag"])
