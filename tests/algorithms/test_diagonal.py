@@ -13,9 +13,8 @@ from scipy import stats
 import spectra
 from spectra.algorithms.diagonal import DiagonalEstimate, diagonal
 from spectra.errors import ArgumentError, ArgumentTypeError, NonFiniteError
-from spectra.objective.parameters import ParameterSpace
-from spectra.operators.base import SymmetricOperator
 from tests.cases.matrices import (
+    Layered,
     Poisoned,
     Rotated,
     dense,
@@ -31,17 +30,6 @@ from tests.cases.matrices import (
 )
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods" / "diagonal.md"
-
-
-class Layered(SymmetricOperator):
-    """A matrix whose rows belong to named parameters, as a network's do."""
-
-    def __init__(self, matrix, sizes):
-        self.matrix = torch.from_numpy(np.array(matrix))
-        super().__init__(ParameterSpace({k: torch.zeros(n).double() for k, n in sizes.items()}))
-
-    def _products(self, rows):
-        return rows @ self.matrix
 
 
 def error_of(estimate, matrix):
