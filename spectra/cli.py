@@ -61,7 +61,7 @@ returns a spectra.HessianOperator, or (model, loss, data) as HessianOperator tak
 The directory --out receives run.json (every number with its error), the result itself
 (analysis.json, analysis.safetensors: spectra.load reads it), figures, and report.html.
 """
-_FIGURES = frozenset({"eigenvalues", "density", "density_symlog", "trace"})
+_FIGURES = frozenset({"eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"})
 # Options of `analyze` that only one of its two kinds of input has.
 _MODEL_OPTIONS = ("tokens_per_sequence", "sequences_per_batch", "max_tokens", "dtype", "device")
 

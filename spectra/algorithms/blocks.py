@@ -227,18 +227,17 @@ class BlockTraces(Result):
         groups = _grouped(self.parameters, by)
         return [self._row(name, columns) for name, columns in groups.items()]
 
-    def table(self) -> list[BlockRow]:
-        """The layers of largest |trace| in the model's order, and the others together in a row."""
-        rows = self.rows(self.grouping)
-        if len(rows) > _SHOWN_ROWS:
-            sizes = np.array([abs(row.trace.value) for row in rows])
-            largest = set(np.argsort(-sizes, kind="stable")[: _SHOWN_ROWS - 1].tolist())
-            others = [row.name for i, row in enumerate(rows) if i not in largest]
-            groups = _grouped(self.parameters, self.grouping)
-            rest = [i for name in others for i in groups[name]]
-            rows = [row for i, row in enumerate(rows) if i in largest]
-            rows.append(self._row(f"{len(others)} others", rest))
-        return [row._replace(name=row.name or "(itself)") for row in rows]
+    def table(self) -> tuple[list[BlockRow], BlockRow | None]:
+        """The layers of largest |trace| in the model's order, and the others together if any."""
+        rows = [row._replace(name=row.name or "(itself)") for row in self.rows(self.grouping)]
+        if len(rows) <= _SHOWN_ROWS:
+            return rows, None
+        sizes = np.array([abs(row.trace.value) for row in rows])
+        largest = set(np.argsort(-sizes, kind="stable")[: _SHOWN_ROWS - 1].tolist())
+        groups = list(_grouped(self.parameters, self.grouping).values())
+        rest = [i for k, columns in enumerate(groups) if k not in largest for i in columns]
+        others = self._row(f"{len(rows) - len(largest)} others", rest)
+        return [row for k, row in enumerate(rows) if k in largest], others
 
     def _row(self, name: str, columns: list[int]) -> BlockRow:
         size = sum(self.sizes[i] for i in columns)
@@ -249,7 +248,8 @@ class BlockTraces(Result):
         shown = self.shown_pairs
         heads = [f"λ = {self.eigenvalues[i]:.4g}" for i in shown]
         table = [[self.grouping, "parameters", "trace", "±", "per parameter", *heads]]
-        for row in self.table():
+        rows, others = self.table()
+        for row in [*rows, others] if others else rows:
             low, high = row.trace.interval()
             table.append(
                 [
