@@ -527,7 +527,7 @@ def _add_questions(group: argparse._ArgumentGroup) -> None:
         metavar="B",
         help="most matvecs (100), or a time (90s, 10min, 2h), of the whole run",
     )
-    add("--trace", action="store_true", help="trace and Frobenius norm")
+    add("--trace", action="store_true", help="trace, by layer too, and Frobenius norm")
     add("--density", action="store_true", help="spectral density; without either option, both")
     for name, kind, text in (
         ("tol", _tolerance, "residual of an eigenpair, relative to its eigenvalue"),

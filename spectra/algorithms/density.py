@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from spectra.algorithms import probes as random_probes
-from spectra.algorithms.blocks import inner_by_parameter
+from spectra.algorithms.blocks import has_modules
 from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.measure import SpectralDensity
 from spectra.algorithms.noise import noise_notes
@@ -76,13 +76,15 @@ class _Run(Krylov):
         With P = I − QQᵀ for eigenvectors Q that have H Q = Q Θ + R, H − Q Θ Qᵀ is PHP + RQᵀ + QRᵀ.
         A probe z in the complement of Q tells the diagonal of each: z ∘ PHz and 2 z ∘ QQᵀHz.
         """
+        if not has_modules(self.space):
+            return _NONE
         first = self._rows[0]
         product = first * self.projection[0, 0]
         if beta > 0:
             product.add_(self._rows[1], alpha=beta)
         if self._outside is not None and self.mixed is not None:
             product.add_(self.space.combine(self._outside, self.mixed[0]), alpha=2)
-        return self.dimension * inner_by_parameter(self.space, first, product)
+        return self.dimension * self.space.inner_by_parameter(first, product)
 
 
 def check_counts(steps: int, probes: int) -> None:

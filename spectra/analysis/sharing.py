@@ -22,7 +22,6 @@ from spectra.objective.vectors import VectorSpace
 
 __all__ = ["Shared"]
 
-
 # Fewer probes tell nothing about their own spread.
 _MIN_PROBES = 5
 
@@ -132,10 +131,10 @@ class Shared:
             self.known, self.begun, self.krylov_vectors = part, sharper, runs[0].size
 
     def block_traces(self, moments: Moments, trace: Estimate) -> BlockTraces | None:
-        """How the trace is shared, from all probes so far, of which `moments` are the others' part.
+        """How the trace is shared among parameters; `moments` are the last ones.
 
-        None where the operator has but one module, or where no probe is known parameter by
-        parameter.
+        None where the operator has but one module, and where the nodes of a density that spans the
+        whole space told the trace without a probe.
         """
         space, known = self._space, self.known
         if not has_modules(space):

@@ -58,7 +58,7 @@ CASES = {
     ),
     "no density": (
         s3(120),
-        {"k": 2, "density": False, "rtol": 1e-9, "max_matvecs": 20},
+        {"k": 2, "density": False, "rtol": 1e-9, "max_matvecs": 16},
     ),
 }
 
@@ -90,7 +90,7 @@ def test_few_probes_still_cover():
     matrix = dense(s1(120))
     h = Layered(matrix, SIZES)
     covered = []
-    for seed in range(80):
+    for seed in range(60):
         options = {"k": 3, "steps": 8, "rtol": 1e-9, "max_matvecs": 4, "seed": seed}
         analysis = spectra.analyze(h, progress=False, **options)
         assert analysis.blocks.probes <= 7
@@ -174,20 +174,15 @@ def test_a_krylov_space_is_taken_out_of_the_densitys_own_probes():
 
 
 def test_the_blocks_of_a_network_are_those_of_its_dense_hessian():
-    h, reference, places = network()
-    covered, samples = [], []
-    for seed in range(10):
-        options = {"k": 3, "steps": 6, "probes": 6, "rtol": 1e-9, "max_matvecs": 14}
-        analysis = spectra.analyze(h, seed=seed, progress=False, **options)
-        samples.append(analysis.blocks.parameter_traces)
-        for name, trace in analysis.module_traces().items():
-            low, high = trace.interval()
-            covered.append(low <= np.diag(reference)[places[name]].sum() <= high)
-    rows = np.concatenate(samples)
-    truth = np.add.reduceat(np.diag(reference), [s.start for s in h.space.slices.values()])
-    assert len(rows) >= 10 * 19
-    assert (np.abs(rows.mean(axis=0) - truth) < 4 * rows.std(axis=0) / len(rows) ** 0.5).all()
-    assert np.mean(covered) > 0.8
+    h, reference, _ = network()
+    matrix = Layered(reference, {"0.weight": 20, "0.bias": 5, "2.weight": 15, "2.bias": 3})
+    options = {"k": 3, "steps": 6, "probes": 6, "rtol": 1e-9, "max_matvecs": 14, "progress": False}
+    found, expected = (spectra.analyze(each, **options).blocks for each in (h, matrix))
+    assert found.parameters == expected.parameters
+    assert found.probes == expected.probes >= 19
+    # The same seed, so the same probes.
+    assert found.parameter_traces == pytest.approx(expected.parameter_traces, rel=1e-6)
+    assert found.masses == pytest.approx(expected.masses, rel=1e-6)
 
 
 # --- for nothing ------------------------------------------------------------------------------
