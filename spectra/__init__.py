@@ -7,6 +7,7 @@
 """
 
 from spectra import errors
+from spectra.algorithms.blocks import BlockTraces
 from spectra.algorithms.data_spread import DataSpread, data_spread
 from spectra.algorithms.density import SpectralDensity, spectral_density
 from spectra.algorithms.diagonal import DiagonalEstimate, diagonal
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
+    "BlockTraces",
     "DataSpread",
     "DiagonalEstimate",
     "Eigenpairs",

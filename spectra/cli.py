@@ -62,7 +62,7 @@ returns a spectra.HessianOperator, or (model, loss, data) as HessianOperator tak
 The directory --out receives run.json (every number with its error), the result itself
 (analysis.json, analysis.safetensors: spectra.load reads it), figures, and report.html.
 """
-_FIGURES = frozenset({"eigenvalues", "density", "density_symlog", "trace"})
+_FIGURES = frozenset({"eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"})
 # Options of `analyze` that only one of its two kinds of input has.
 _MODEL_OPTIONS = ("tokens_per_sequence", "sequences_per_batch", "max_tokens", "dtype", "device")
 
@@ -521,7 +521,7 @@ def _add_questions(group: argparse._ArgumentGroup) -> None:
         metavar="B",
         help="most matvecs (100), or a time (90s, 10min, 2h), of the whole run",
     )
-    add("--trace", action="store_true", help="trace and Frobenius norm")
+    add("--trace", action="store_true", help="trace, by layer too, and Frobenius norm")
     add("--density", action="store_true", help="spectral density; without either option, both")
     for name, kind, text in (
         ("tol", _tolerance, "residual of an eigenpair, relative to its eigenvalue"),

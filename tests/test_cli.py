@@ -155,12 +155,24 @@ def test_the_demo_succeeds_says_what_it_does_and_is_silent_on_stderr(demo):
 
 def test_the_demo_writes_figures_and_a_report_that_holds_them(demo):
     _, directory = demo
-    names = {"eigenvalues", "density", "density_symlog", "trace"}
+    names = {"eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"}
     assert names <= {path.stem for path in directory.glob("*.svg")}
     assert names <= {path.stem for path in directory.glob("*.png")}
     page = (directory / "report.html").read_text(encoding="utf-8")
     assert page.count("<img") + page.count("<svg") >= 4
     assert "digits" in page
+
+
+def test_the_demo_tells_how_the_trace_is_shared_among_its_layers(demo):
+    done, directory = demo
+    assert re.search(r"^traces of 2 layers \(\d+ probes, ± for 95%", done.stdout, re.MULTILINE)
+    summary = summary_of(directory)
+    layers = summary["layer_traces"]
+    assert [block["name"] for block in layers["blocks"]] == ["0", "2"]
+    assert sum(block["value"] for block in layers["blocks"]) == pytest.approx(
+        summary["trace"]["value"], rel=0.02
+    )
+    assert "Trace by layer" in (directory / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_demos_eigenpairs_are_those_of_the_network(demo):

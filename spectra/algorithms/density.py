@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from spectra.algorithms import probes as random_probes
+from spectra.algorithms.blocks import has_modules
 from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.measure import SpectralDensity
 from spectra.algorithms.noise import noise_notes
@@ -29,6 +30,7 @@ __all__ = ["SpectralDensity", "check_counts", "probe_generator", "spectral_densi
 
 _STEPS = 60
 _PROBES = 5
+_NONE = np.zeros(0)
 
 
 class _Rule(NamedTuple):
@@ -40,6 +42,7 @@ class _Rule(NamedTuple):
     betas: np.ndarray
     noise: float
     complete: bool
+    parameter_traces: np.ndarray
     run: _Run | None
 
 
@@ -63,8 +66,25 @@ class _Run(Krylov):
             betas=np.array(taken),
             noise=self.noise.relative,
             complete=self.complete,
+            parameter_traces=self._parameter_traces(taken[0]),
             run=self if keep else None,
         )
+
+    def _parameter_traces(self, beta: float) -> np.ndarray:
+        """What the probe says of the sum over each parameter of the diagonal without the atoms.
+
+        With P = I − QQᵀ for eigenvectors Q that have H Q = Q Θ + R, H − Q Θ Qᵀ is PHP + RQᵀ + QRᵀ.
+        A probe z in the complement of Q tells the diagonal of each: z ∘ PHz and 2 z ∘ QQᵀHz.
+        """
+        if not has_modules(self.space):
+            return _NONE
+        first = self._rows[0]
+        product = first * self.projection[0, 0]
+        if beta > 0:
+            product.add_(self._rows[1], alpha=beta)
+        if self._outside is not None and self.mixed is not None:
+            product.add_(self.space.combine(self._outside, self.mixed[0]), alpha=2)
+        return self.dimension * self.space.inner_by_parameter(first, product)
 
 
 def check_counts(steps: int, probes: int) -> None:
@@ -192,6 +212,9 @@ def spectral_density(
         nodes[i, :live], nodes[i, live:] = rule.nodes, rule.nodes[-1]
         weights[i, :live] = rule.weights
         alphas[i, :live], betas[i, :live] = rule.alphas, rule.betas
+    sums = [rule.parameter_traces for rule in rules if not rule.complete]
+    # Not what `begun` lacks, and not the same run once more for each probe.
+    known = len(sums) == probes and all(map(len, sums))
     noise = _root_mean_square([rule.noise for rule in rules])
     # Relative to products in the complement, so atoms have no part in it.
     floor = noise * float(np.abs(nodes).max(initial=0.0))
@@ -209,6 +232,7 @@ def spectral_density(
         betas=betas,
         noise=noise,
         floor=floor,
+        parameter_traces=np.stack(sums) if known else np.zeros((0, 0)),
         provenance={
             "operator": operator.describe(),
             "options": {"steps": steps, "probes": probes, "deflated": remaining < n},
@@ -281,6 +305,7 @@ def _begun_rule(begun: SpectralDensity, probe: int, keep: bool) -> _Rule:
         betas=betas,
         noise=begun.noise,
         complete=begun.ended(probe) and size == begun.remaining,
+        parameter_traces=begun.parameter_traces[probe] if len(begun.parameter_traces) else _NONE,
         run=begun.runs[probe] if keep and begun.runs else None,
     )
 

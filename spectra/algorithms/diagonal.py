@@ -17,6 +17,7 @@ from scipy import linalg, stats
 from torch import Tensor
 
 from spectra.algorithms import probes as random_probes
+from spectra.algorithms.blocks import By, add_diagonal, block_traces, sums_over
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.noise import Noise, noise_notes
@@ -109,23 +110,22 @@ class DiagonalEstimate(Result):
     floor: float = math.nan
     notes: tuple[str, ...] = ()
 
-    def module_traces(
-        self, by: Literal["module", "parameter"] = "module", *, mean: bool = False
-    ) -> dict[str, Estimate]:
+    def module_traces(self, by: By = "module", *, mean: bool = False) -> dict[str, Estimate]:
         """The trace of every diagonal block, with Student's interval over the probes.
 
         Parameters
         ----------
         by
             "module": the parameters that one module owns together (a weight and its bias).
-            "parameter": each parameter by itself.
+            "layer": the modules whose names agree up to the first number, or in their first two
+            parts. "parameter": each parameter by itself.
         mean
             Divide by the number of entries: the average trace that ranks layers for quantisation.
 
         Returns
         -------
         dict
-            By the module's or the parameter's name; "" is the model itself, or a plain matrix.
+            By the block's name; "" is the model itself, or a plain matrix.
 
         Raises
         ------
@@ -136,32 +136,7 @@ class DiagonalEstimate(Result):
         ----------
         Dong et al., 2020, "HAWQ-V2: Hessian aware trace-weighted quantization of neural networks".
         """
-        if by not in {"module", "parameter"}:
-            msg = f"by={by!r}; expected 'module' or 'parameter'"
-            raise ArgumentError(msg)
-        columns: dict[str, list[int]] = {}
-        for i, name in enumerate(self.parameters):
-            owner = name.rpartition(".")[0] if by == "module" else name
-            columns.setdefault(owner, []).append(i)
-        return {name: self._sum(name, chosen, mean) for name, chosen in columns.items()}
-
-    def _sum(self, name: str, columns: list[int], mean: bool) -> Estimate:
-        samples = self.parameter_traces[:, columns].sum(axis=1)
-        if mean:
-            samples = samples / sum(self.sizes[i] for i in columns)
-        count = len(samples)
-        spread = float(samples.std(ddof=1)) if count > 1 else math.nan
-        return Estimate(
-            quantity=f"{'mean diagonal' if mean else 'trace'} of {name or 'the whole'}",
-            value=float(samples.mean()),
-            standard_error=0.0 if self.exact else spread / math.sqrt(count),
-            samples=np.zeros(0) if self.exact else samples,
-            confidence=self.confidence,
-            converged=self.converged,
-            method=self.method,
-            matvecs=self.matvecs,
-            provenance=self.provenance,
-        )
+        return block_traces(self, by, mean=mean)
 
     def __str__(self) -> str:
         probes = "" if self.exact else f"; {self.probes} probe{'' if self.probes == 1 else 's'}"
@@ -286,7 +261,7 @@ def _result(run: _Run, trial: _Trial, provenance: dict[str, Any]) -> DiagonalEst
     samples = trial.samples
     count, values = samples.count, trial.offset + samples.mean
     error = trial.relative_error()
-    traces = _sums(trial.offset, run.places)[np.newaxis]
+    traces = sums_over(trial.offset, run.places)[np.newaxis]
     if trial.exact:
         errors = run.space.zeros()
     else:
@@ -380,13 +355,6 @@ def _signs(space: VectorSpace, generator: torch.Generator) -> Tensor:
     return bits.mul_(2).sub_(1).to(space.device)
 
 
-def _sums(vector: Tensor, places: Sequence[slice]) -> np.ndarray:
-    """Sums (places,) float64 of parts of a vector."""
-    parts = torch.stack([vector[place].sum(dtype=torch.float64) for place in places])
-    found: np.ndarray = parts.cpu().numpy()
-    return found
-
-
 class _Known:
     """A part Q T Qᵀ of the operator whose diagonal can be read off: a control variate.
 
@@ -405,12 +373,8 @@ class _Known:
         self._space.subtract(product, self.rows, coefficients)
 
     def add_diagonal(self, total: Tensor) -> None:
-        """Add the diagonal of Q T Qᵀ to `total`, in place, tile by tile."""
-        core = self._core.to(total)
-        tile = max(1, _BLOCK_ENTRIES // len(core))
-        for start in range(0, len(total), tile):
-            rows = self.rows[:, start : start + tile]
-            total[start : start + tile] += (rows * (core @ rows)).sum(dim=0)
+        """Add the diagonal of Q T Qᵀ to `total`, in place."""
+        add_diagonal(total, self.rows, self._core)
 
 
 class _Samples:
@@ -436,7 +400,7 @@ class _Samples:
     def add(self, sample: Tensor) -> None:
         """Take in one sample (n,), which is overwritten."""
         space = self._space
-        self.sums.append(_sums(sample, self._places))
+        self.sums.append(sums_over(sample, self._places))
         self.count += 1
         contrast = sample.sub_(self.mean)
         self.mean.add_(contrast, alpha=1 / self.count)

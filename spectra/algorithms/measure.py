@@ -44,6 +44,10 @@ class SpectralDensity(Result):
         Relative error of a product, measured from the runs; nan where they were too short.
     floor
         `noise` times the largest |node|: closer to zero, nothing can be told apart.
+    parameter_traces
+        (probes, parameters) what each probe says of the sum of the diagonal over each parameter,
+        the part of the atoms left out; empty where the operator has but one module, and where a run
+        spans the whole space.
     """
 
     nodes: np.ndarray
@@ -56,6 +60,7 @@ class SpectralDensity(Result):
     betas: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)), repr=False)
     noise: float = math.nan
     floor: float = math.nan
+    parameter_traces: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)), repr=False)
 
     @property
     def probes(self) -> int:
@@ -101,13 +106,14 @@ class SpectralDensity(Result):
         return len(self.betas) > 0 and bool((self.betas[probe] == 0).any())
 
     def shifted(self, by: float) -> SpectralDensity:
-        """The same measure with all of the spectrum moved; its `floor` is not carried over."""
+        """The same measure with all of the spectrum moved; `floor` and traces are left behind."""
         return replace(
             self,
             nodes=self.nodes + by,
             atoms=self.atoms + by,
             alphas=self.alphas + by,
             floor=math.nan,
+            parameter_traces=np.zeros((0, 0)),
         )
 
     @property

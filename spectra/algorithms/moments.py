@@ -50,6 +50,9 @@ class Moments:
         Factor of the half-width for samples of the trace that are not independent.
     noise
         Relative error of a product, measured on pairs of probes; nan where there was no pair.
+    diagonal
+        (n,) all entries of the diagonal, where the moments come from products with the n unit
+        vectors; otherwise empty.
     """
 
     traces: np.ndarray
@@ -59,6 +62,7 @@ class Moments:
     variances: np.ndarray = field(default_factory=lambda: np.zeros(0))
     widening: float = 1.0
     noise: float = math.nan
+    diagonal: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
     def trace_error(self) -> float:

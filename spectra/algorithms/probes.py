@@ -7,6 +7,7 @@ seed gives the same vectors on every device; the global random state is neither 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -247,13 +248,15 @@ class Run:
         """Trace and squared Frobenius norm from the n products with unit vectors."""
         space = self.space
         trace = square = 0.0
+        diagonal = np.zeros(space.n)
         for i in range(space.n):
             unit = space.zeros()
             unit[i] = 1.0
             column = self.apply(unit)
-            trace += float(column[i])
+            diagonal[i] = float(column[i])
+            trace += diagonal[i]
             square += space.norm(column) ** 2
-        return self.known(trace, square)
+        return replace(self.known(float(trace), square), diagonal=diagonal)
 
     def known(self, trace: float, square: float) -> Moments:
         """Moments without a sampling error."""

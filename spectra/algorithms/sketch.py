@@ -17,6 +17,7 @@ import torch
 from scipy import linalg
 from torch import Tensor
 
+from spectra.algorithms.blocks import add_diagonal
 from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.moments import KnownPart, Moments, Nothing, Samples
 from spectra.algorithms.probes import MIN_PROBES, Run, gaussian, remove
@@ -52,6 +53,12 @@ class KrylovPart:
         """Turn the product H `vector` into (H − M) `vector`, in place."""
         coefficients = self._core @ self._space.project(self._rows, vector).to(self._core)
         self._space.subtract(product, self._rows, coefficients)
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of M (n,)."""
+        total = self._space.zeros()
+        add_diagonal(total, self._rows, self._core)
+        return total
 
 
 def by_krylov(run: Run) -> tuple[Moments, str]:

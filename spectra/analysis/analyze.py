@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from spectra.algorithms import probes as random_probes
+from spectra.algorithms.blocks import BlockTraces, By
 from spectra.algorithms.density import SpectralDensity, check_counts, spectral_density
 from spectra.algorithms.eigen import Eigenpairs, Which, check_eigsh_arguments, eigsh
 from spectra.algorithms.estimate import Estimate
@@ -52,6 +53,9 @@ class Analysis(Result):
         Each with its error; None where it was not asked for.
     density
         Quadrature with the eigenpairs as exact atoms; None where it was not asked for.
+    blocks
+        How the trace is shared among layers and modules, from the same probes; None without the
+        trace, and for an operator that is not of several modules.
     value, gradient_norm
         L(θ) and ‖∇L(θ)‖, where the operator is a Hessian.
     matvecs, seconds
@@ -65,6 +69,7 @@ class Analysis(Result):
     trace: Estimate | None = None
     frobenius_norm: Estimate | None = None
     density: SpectralDensity | None = None
+    blocks: BlockTraces | None = None
     value: float | None = None
     gradient_norm: float | None = None
     matvecs: dict[str, int] = field(default_factory=dict)
@@ -107,6 +112,21 @@ class Analysis(Result):
             "participation ratio": participation_ratio(self.density),
         }
 
+    def module_traces(self, by: By = "module", *, mean: bool = False) -> dict[str, Estimate]:
+        """The trace of every module's diagonal block by name; empty where `blocks` is None.
+
+        Parameters
+        ----------
+        by, mean
+            As of `BlockTraces.traces`: layer, module or parameter; divided by their entries.
+
+        Raises
+        ------
+        ArgumentError
+            Another `by`.
+        """
+        return {} if self.blocks is None else self.blocks.traces(by, mean=mean)
+
     @property
     def total_matvecs(self) -> int:
         """Matvecs of all parts together."""
@@ -125,7 +145,13 @@ class Analysis(Result):
         parts.append(str(self.eigenpairs))
         parts += [
             str(part)
-            for part in (self.spectral_norm, self.trace, self.frobenius_norm, self.density)
+            for part in (
+                self.spectral_norm,
+                self.trace,
+                self.frobenius_norm,
+                self.blocks,
+                self.density,
+            )
             if part is not None
         ]
         if self.sums:
@@ -155,12 +181,13 @@ def analyze(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Analysis:
-    """Eigenpairs, norms, trace, density and spectral sums of a symmetric operator or matrix.
+    """Eigenpairs, norms, traces, density and spectral sums of a symmetric operator or matrix.
 
     One run in which nothing is multiplied twice. The eigenpairs come first. They are deflated from
     the quadrature, whose nodes give the density, counts and spectral sums, and the first samples of
-    the trace and the Frobenius norm; single probes follow until those are within `rtol`. It stops
-    when every tolerance is met, or when the budget is spent.
+    the trace and the Frobenius norm; single probes follow until those are within `rtol`. Each of
+    these probes also tells how the trace is shared among the modules of a model. It stops when
+    every tolerance is met, or when the budget is spent.
 
     Parameters
     ----------
@@ -227,7 +254,7 @@ def analyze(
     # By now the number of batches is known, too.
     provenance["operator"] = operator.describe()
     notes = _graph_notes(operator.describe())
-    measure = trace_result = frobenius = None
+    measure = trace_result = frobenius = blocks = None
     with _kept(pairs):
         if density:
             measure = _density(
@@ -246,7 +273,7 @@ def analyze(
             lambda: _spectral_norm(ledger, operator, pairs, measure, seed=seed, progress=progress),
         )
         if trace:
-            trace_result, frobenius = _trace_and_frobenius(
+            trace_result, frobenius, blocks = _trace_and_frobenius(
                 ledger,
                 operator,
                 pairs,
@@ -270,6 +297,7 @@ def analyze(
         trace=trace_result,
         frobenius_norm=frobenius,
         density=measure,
+        blocks=blocks,
         value=value,
         gradient_norm=gradient_norm,
         matvecs={name: count for name, count in ledger.matvecs.items() if count},
@@ -473,14 +501,14 @@ def _trace_and_frobenius(
     seeds: tuple[int, int],
     progress: bool | None,
     provenance: dict[str, Any],
-) -> tuple[Estimate | None, Estimate | None]:
-    """Both from the same probes, as many as the trace needs and then as the norm still needs."""
+) -> tuple[Estimate | None, Estimate | None, BlockTraces | None]:
+    """All from the same probes, as many as the trace needs and then as the norm still needs."""
     allowed = ledger.left(max_matvecs)
     deflation = random_probes.Deflation(operator, pairs)
     shared = Shared(operator.space, density, deflation, rtol)
     begun = shared.begun
     if allowed < 2 and begun is None:
-        return None, None
+        return None, None, None
     sample = functools.partial(
         random_probes.sample_moments,
         operator,
@@ -527,7 +555,7 @@ def _trace_and_frobenius(
     method = frobenius.method if method is None or moments.exact else method
     if trace.matvecs:
         method += f", {trace.matvecs} matvecs shared with the trace"
-    return trace, replace(frobenius, method=method)
+    return trace, replace(frobenius, method=method), shared.block_traces(moments, trace)
 
 
 def _not_below_the_norm(frobenius: Estimate, spectral: Estimate) -> Estimate:

@@ -1,32 +1,64 @@
-"""What of the density's Lanczos runs serves the trace and the Frobenius norm?"""
+"""What of the density's Lanczos runs serves the trace and the Frobenius norm, and these the layers?
+
+Trace and norm come from random probes, and each of them also tells how the trace is shared among
+the parameters.
+"""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from spectra.algorithms.blocks import BlockTraces, has_modules, inner_by_parameter, sums_over
 from spectra.algorithms.density import SpectralDensity
-from spectra.algorithms.moments import KnownPart, Moments, Samples
+from spectra.algorithms.estimate import Estimate
+from spectra.algorithms.moments import Moments, Samples
 from spectra.algorithms.probes import Deflation
 from spectra.algorithms.sketch import KrylovPart
 from spectra.objective.vectors import VectorSpace
 
 __all__ = ["Shared"]
 
+# Fewer probes tell nothing about their own spread.
+_MIN_PROBES = 5
 
-class _PairsAndKrylov:
-    """Q Θ Qᵀ + V T Vᵀ: known eigenpairs, and a Krylov space in their complement."""
 
-    def __init__(self, deflation: Deflation, part: KrylovPart) -> None:
-        self._deflation, self._part = deflation, part
-        self.trace = deflation.trace + part.trace
-        self.square = deflation.square + part.square
+class _Known:
+    """Q Θ Qᵀ + V T Vᵀ: known eigenpairs, and perhaps a Krylov space in their complement.
+
+    Every probe that they are taken out of also tells the diagonal. With H Q = Q Θ + R and
+    P = I − QQᵀ, H = Q Θ Qᵀ + QRᵀ + RQᵀ + PHP. For a probe z in the complement of Q, z ∘ PHz has the
+    mean diag(PHP) and z ∘ QQᵀHz that of QRᵀ: without the latter, twice, pairs that have not
+    converged would bias every block, if not the trace. V T Vᵀ is taken out of z ∘ PHz and its own
+    diagonal added, which is right for any T.
+    """
+
+    def __init__(
+        self, space: VectorSpace, deflation: Deflation, part: KrylovPart | None = None
+    ) -> None:
+        self._space, self._deflation, self._part = space, deflation, part
+        self.trace, self.square = deflation.trace, deflation.square
+        rows = [inner_by_parameter(space, row, row) for row in deflation.basis]
+        self.masses = np.array(rows)
+        self.parameter_traces = deflation.values @ self.masses
+        if part is not None:
+            self.trace, self.square = self.trace + part.trace, self.square + part.square
+            if has_modules(space):
+                self.parameter_traces += sums_over(part.diagonal(), list(space.slices.values()))
+        self.samples: list[np.ndarray] = []
 
     def take_from(self, vector: Tensor, product: Tensor) -> None:
         """Turn the product with a `vector` that has no part in the pairs into that of the rest."""
+        whole = inner_by_parameter(self._space, vector, product)
         self._deflation.take_from(vector, product)
-        self._part.take_from(vector, product)
+        outside = rest = inner_by_parameter(self._space, vector, product)
+        if self._part is not None:
+            self._part.take_from(vector, product)
+            rest = inner_by_parameter(self._space, vector, product)
+        self.samples.append(self.parameter_traces + 2 * (whole - outside) + rest)
 
 
 class Shared:
@@ -64,31 +96,76 @@ class Shared:
         deflation: Deflation,
         rtol: float,
     ) -> None:
-        self.known: KnownPart = deflation
+        self._space, self._pairs = space, deflation.values
+        self.known = _Known(space, deflation)
         self.begun: Moments | None = None
         self.krylov_vectors = 0
-        if density is None or density.steps < 2:
+        if density is None:
+            return
+        self.known.samples += [self.known.parameter_traces + s for s in density.parameter_traces]
+        if density.steps < 2:
             # A rule of one node is exact to degree 1: it knows the trace, but not the square.
             return
         self.begun = _moments_of(density, deflation)
         runs = density.runs
         if len(runs) < 2 or any(run.size < 2 or run.complete for run in runs):
             return
-        part = _PairsAndKrylov(deflation, KrylovPart(space, runs[0]))
+        part = _Known(space, deflation, KrylovPart(space, runs[0]))
         samples = Samples(space)
-        for run in runs[1:]:
+        for i, run in enumerate(runs[1:], start=1):
             length = math.sqrt(density.remaining)
             vector = length * run.basis[0]
             # The first column of H V = V T, in the complement of the pairs.
             product = run.basis[0] * (length * run.projection[0, 0])
             product.add_(run.basis[1], alpha=length * run.projection[1, 0])
+            outside = inner_by_parameter(space, vector, product)
             samples.add(part, vector, product)
+            if has_modules(space):
+                # What the run took out of the product before, as the density has it.
+                part.samples[-1] += density.parameter_traces[i] - outside
         sharper = samples.moments(0, density.noise)
         # Student's interval of N probes has a half-width of about 2 sqrt(variance / N).
         target = self.begun.target("trace", rtol, None)
         gain = 4 * float(self.begun.variances.mean() - sharper.variances.mean())
         if gain > target**2:
             self.known, self.begun, self.krylov_vectors = part, sharper, runs[0].size
+
+    def block_traces(self, moments: Moments, trace: Estimate) -> BlockTraces | None:
+        """How the trace is shared among parameters; `moments` are the last ones.
+
+        None where the operator has but one module, and where the nodes of a density that spans the
+        whole space told the trace without a probe.
+        """
+        space, known = self._space, self.known
+        if not has_modules(space):
+            return None
+        places, samples, method = list(space.slices.values()), known.samples, trace.method
+        if moments.exact:
+            method = "n unit vectors" if len(moments.diagonal) else "all known eigenpairs"
+            samples = [known.parameter_traces]
+            if len(moments.diagonal):
+                samples = [sums_over(torch.from_numpy(moments.diagonal), places)]
+        if not samples:
+            return None
+        notes = []
+        if not moments.exact and len(samples) < _MIN_PROBES:
+            notes = [f"{len(samples)} probes are too few to rely on their spread"]
+        return BlockTraces(
+            parameters=space.names,
+            sizes=tuple(place.stop - place.start for place in places),
+            parameter_traces=np.stack(samples),
+            exact=moments.exact,
+            eigenvalues=self._pairs,
+            masses=known.masses,
+            confidence=trace.confidence,
+            converged=trace.converged,
+            method=method,
+            matvecs=moments.matvecs,
+            noise=trace.noise,
+            floor=trace.floor,
+            notes=tuple(notes),
+            provenance=trace.provenance,
+        )
 
 
 def _moments_of(density: SpectralDensity, deflation: Deflation) -> Moments:

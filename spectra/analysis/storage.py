@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from spectra.algorithms.blocks import BlockTraces, By
 from spectra.algorithms.density import SpectralDensity
 from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate
@@ -179,6 +180,8 @@ def summarize(
         "trace": _estimate(analysis.trace),
         "frobenius_norm": _estimate(analysis.frobenius_norm),
         "density": _density(analysis.density),
+        "layer_traces": _block_traces(analysis.blocks, "layer"),
+        "module_traces": _block_traces(analysis.blocks, "module"),
         "sums": {name: _estimate(estimate) for name, estimate in analysis.sums.items()},
         "notes": list(analysis.notes),
         "matvecs": {"total": analysis.total_matvecs, **analysis.matvecs},
@@ -227,6 +230,30 @@ def _estimate(estimate: Estimate | None) -> dict[str, Any] | None:
         "noise": estimate.noise,
         "floor": estimate.floor,
         "notes": list(estimate.notes),
+    }
+
+
+def _block_traces(blocks: BlockTraces | None, by: By) -> dict[str, Any] | None:
+    if blocks is None:
+        return None
+    return {
+        "confidence": blocks.confidence,
+        "exact": blocks.exact,
+        "method": blocks.method,
+        "probes": blocks.probes,
+        "notes": list(blocks.notes),
+        "blocks": [
+            {
+                "name": row.name,
+                "parameters": row.size,
+                "value": row.trace.value,
+                "standard_error": row.trace.standard_error,
+                "interval": list(row.trace.interval()),
+                # In the order of the eigenpairs.
+                "eigenvector_shares": row.masses.tolist(),
+            }
+            for row in blocks.rows(by)
+        ],
     }
 
 

@@ -7,18 +7,20 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from spectra.errors import ArgumentError, ArgumentTypeError, ParameterSelectionError
-from spectra.objective.vectors import VectorSpace
+from spectra.objective.vectors import VectorSpace, dot
 
 __all__ = [
     "NamedTensors",
     "ParameterSpace",
     "Selection",
     "all_parameters",
+    "layer_of",
     "matching",
     "select_parameters",
     "stand_ins",
@@ -114,6 +116,25 @@ class ParameterSpace(VectorSpace):
             else:
                 own.append(place)
         return {module: tuple(own) for module, own in places.items()}
+
+    def inner_by_parameter(self, x: Tensor, y: Tensor) -> np.ndarray:
+        """(parameters,) float64 inner products of the parts of two vectors, in one transfer."""
+        parts = [dot(x[place], y[place]) for place in self.slices.values()]
+        found: np.ndarray = torch.stack(parts).cpu().numpy()
+        return found
+
+
+def layer_of(module: str) -> str:
+    """The layer that a module belongs to, by the modules' dotted names.
+
+    That is the name up to the first number in it, or its first two parts where there is none.
+
+    >>> layer_of("model.layers.3.self_attn.q_proj"), layer_of("encoder.pooler.dense")
+    ('model.layers.3', 'encoder.pooler')
+    """
+    parts = module.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), 1)
+    return ".".join(parts[: number + 1])
 
 
 def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, Tensor]:

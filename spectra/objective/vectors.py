@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spectra.objective.memory import free_bytes
 
-__all__ = ["VectorSpace"]
+__all__ = ["VectorSpace", "dot"]
 
 # Entries summed in the vectors' own dtype before a float64 accumulator takes over. On the CPU small
 # enough that a block of fifty rows stays in the cache, large enough that the loop costs nothing; an
@@ -60,15 +60,7 @@ class VectorSpace:
 
     def inner(self, x: Tensor, y: Tensor) -> float:
         """Inner product of two vectors, multiplied and accumulated in float64."""
-        if x.dtype == torch.float64:
-            return float(torch.dot(x, y))
-        total = torch.zeros((), dtype=torch.float64, device=x.device)
-        block = _BLOCK if x.device.type == "cpu" else _BLOCK_ON_ACCELERATOR
-        for start in range(0, self.n, block):
-            part = x[start : start + block].double()
-            other = part if y is x else y[start : start + block].double()
-            total += torch.dot(part, other)
-        return float(total)
+        return float(dot(x, y))
 
     def norm(self, x: Tensor) -> float:
         """Euclidean norm, accumulated in float64."""
@@ -112,6 +104,19 @@ class VectorSpace:
         for start in range(0, self.n, tile):
             columns = slice(start, start + tile)
             basis[:p, columns] = matrix @ basis[:m, columns]
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of the products of two vectors' entries, in float64: still on their device."""
+    if x.dtype == torch.float64:
+        return torch.dot(x, y)
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    block = _BLOCK if x.device.type == "cpu" else _BLOCK_ON_ACCELERATOR
+    for start in range(0, len(x), block):
+        part = x[start : start + block].double()
+        other = part if y is x else y[start : start + block].double()
+        total += torch.dot(part, other)
+    return total
 
 
 def _large_entries(part: Tensor) -> Tensor | None:

@@ -24,6 +24,7 @@ from matplotlib.ticker import (
 )
 from scipy import stats
 
+from spectra.algorithms.blocks import BlockTraces
 from spectra.algorithms.density import SpectralDensity
 from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate, check_confidence
@@ -33,7 +34,14 @@ from spectra.errors import ArgumentError, ArgumentTypeError
 if TYPE_CHECKING:
     from spectra.results import Result
 
-__all__ = ["FIGURE_SIZE", "plot", "plot_density", "plot_eigenpairs", "plot_estimate"]
+__all__ = [
+    "FIGURE_SIZE",
+    "plot",
+    "plot_blocks",
+    "plot_density",
+    "plot_eigenpairs",
+    "plot_estimate",
+]
 
 # Inches: the width of a page's text, at which 9 to 10 point lettering reads well in print.
 FIGURE_SIZE = (6.4, 3.8)
@@ -55,6 +63,8 @@ _WHICH = {
 _MANY_TIMES = 20.0
 # Below this share of the axis the bulk of a spectrum is a line, and gets an inset of its own.
 _NARROW = 0.35
+# Letters of a name beside its bar.
+_LONGEST_NAME = 30
 
 
 def plot(result: Result, ax: Axes | None = None, **options: Any) -> Axes:
@@ -63,11 +73,11 @@ def plot(result: Result, ax: Axes | None = None, **options: Any) -> Axes:
     Parameters
     ----------
     result
-        `Eigenpairs`, `SpectralDensity` or `Estimate`.
+        `Eigenpairs`, `SpectralDensity`, `Estimate` or `BlockTraces`.
     ax
         Where to draw; a new pyplot figure by default.
     options
-        Of `plot_eigenpairs`, `plot_density` or `plot_estimate`.
+        Of `plot_eigenpairs`, `plot_density`, `plot_estimate` or `plot_blocks`.
 
     Returns
     -------
@@ -83,7 +93,7 @@ def plot(result: Result, ax: Axes | None = None, **options: Any) -> Axes:
     if isinstance(result, Analysis):
         parts = [
             f"analysis.{name}.plot()"
-            for name in ("eigenpairs", "density", "trace")
+            for name in ("eigenpairs", "density", "trace", "blocks")
             if getattr(result, name) is not None
         ]
         msg = (
@@ -261,10 +271,65 @@ def plot_estimate(
     return ax
 
 
+def plot_blocks(blocks: BlockTraces, ax: Axes | None = None) -> Axes:
+    """The traces of layers as bars, in the order of the model, with their intervals.
+
+    Parameters
+    ----------
+    blocks
+        The `blocks` of an analysis: its layers, or modules where there is but one layer. Of many
+        those of largest |trace| are drawn, and the sum of the others is told.
+    ax
+        Where to draw; a new pyplot figure by default.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ArgumentTypeError
+        `ax` is no matplotlib Axes.
+    """
+    ax = _axes(ax)
+    rows, others = blocks.table()
+    places = np.arange(len(rows))
+    values = np.array([row.trace.value for row in rows])
+    ends = np.array([row.trace.interval() for row in rows])
+    ax.barh(places, values, height=min(0.7, 0.15 * len(rows)), color=_MEAN, alpha=0.6)
+    if not blocks.exact and np.isfinite(ends).all():
+        ax.errorbar(
+            values,
+            places,
+            xerr=[values - ends[:, 0], ends[:, 1] - values],
+            fmt="none",
+            ecolor="#333333",
+            elinewidth=1.0,
+            capsize=2.5,
+            label=f"{100 * blocks.confidence:g}% interval, {blocks.probes} probes",
+        )
+        ax.legend(loc="best", fontsize="small")
+    ax.axvline(0.0, color=_GREY, linewidth=0.8)
+    # From the top, as the model is read.
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set_yticks(places, [_shortened(row.name) for row in rows])
+    ax.tick_params(axis="y", length=0, labelsize="small" if len(rows) <= 15 else "xx-small")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    label = "trace of the diagonal block"
+    if others is not None:
+        low, high = others.trace.interval()
+        label += f" ({others.name} together: {others.trace.value:.3g} ± {(high - low) / 2:.1g})"
+    ax.set_xlabel(label)
+    _finish(ax, f"Trace by {blocks.grouping} ({'exact' if blocks.exact else blocks.method})")
+    ax.grid(visible=False, axis="y")
+    return ax
+
+
 _DRAW: dict[type, Callable[..., Axes]] = {
     Eigenpairs: plot_eigenpairs,
     SpectralDensity: plot_density,
     Estimate: plot_estimate,
+    BlockTraces: plot_blocks,
 }
 
 
@@ -623,3 +688,11 @@ def _draw_point(ax: Axes, estimate: Estimate, interval: tuple[float, float], lab
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
     ax.ticklabel_format(axis="x", useOffset=False)
     ax.set_xlabel(estimate.quantity)
+
+
+# --- blocks --------------------------------------------------------------------------------------
+
+
+def _shortened(name: str) -> str:
+    """The end of a long name, which tells modules apart."""
+    return name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :]

@@ -17,6 +17,7 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from spectra.algorithms.blocks import BlockTraces
 from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate
 from spectra.analysis.analyze import Analysis
@@ -48,6 +49,12 @@ _CAPTIONS = {
         "Convergence of the trace",
         "The mean over the random probes so far, with its interval; the last point is the answer.",
     ),
+    "trace_by_layer": (
+        "Trace by layer",
+        "How the trace is shared among the layers: the sums of the diagonal over the parameters of "
+        "each, from the probes of the trace. The layers' errors move together: they are those of "
+        "the same probes.",
+    ),
 }
 _STYLE = {
     "font.size": 10.0,
@@ -63,6 +70,13 @@ class _Figure(NamedTuple):
     title: str
     caption: str
     source: str
+
+
+class _Table(NamedTuple):
+    title: str
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
 
 
 class _Scalar(NamedTuple):
@@ -92,8 +106,9 @@ def save_figures(
     -------
     dict
         Path in the first of the formats by name: "eigenvalues"; "density" and "density_symlog"
-        where the density was computed; "trace" where it was estimated from probes. Drawn with
-        matplotlib's default style, whatever the session's own is.
+        where the density was computed; "trace" where it was estimated from probes;
+        "trace_by_layer" where the model has several modules. Drawn with matplotlib's default style,
+        whatever the session's own is.
 
     Raises
     ------
@@ -172,6 +187,7 @@ def write_report(
         pairs=_pair_rows(analysis.eigenpairs),
         certificate=_certificate(analysis.eigenpairs),
         scalars=list(_scalars(analysis)),
+        blocks=_block_table(analysis.blocks),
         costs=_costs(analysis),
         provenance=list(_flattened(analysis.provenance)),
     )
@@ -213,6 +229,8 @@ def _drawn(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
         draw["density_symlog"] = lambda ax: density.plot(ax, scale="symlog")
     if analysis.trace is not None and len(analysis.trace.samples) > 1:
         draw["trace"] = analysis.trace.plot
+    if analysis.blocks is not None:
+        draw["trace_by_layer"] = analysis.blocks.plot
     for name, function in draw.items():
         with matplotlib.style.context(["default", _STYLE]):
             figure = Figure(figsize=plots.FIGURE_SIZE, layout="constrained")
@@ -390,6 +408,32 @@ def _scalars(analysis: Analysis) -> Iterator[_Scalar]:
             )
 
 
+def _block_table(blocks: BlockTraces | None) -> _Table | None:
+    """The traces of layers, their errors, and what of the first eigenvectors lies in them."""
+    if blocks is None:
+        return None
+    shown = blocks.shown_pairs
+    head = [blocks.grouping, "parameters", "trace", "error", "per parameter"]
+    rows = []
+    largest, others = blocks.table()
+    for row in [*largest, others] if others else largest:
+        low, high = row.trace.interval()
+        half = max(row.trace.value - low, high - row.trace.value)
+        mean = row.trace.value / max(row.size, 1)
+        shares = [f"{row.masses[i]:.1%}" for i in shown]
+        value = _rounded(row.trace.value, half)
+        error = f"± {half:.2g}" if half > 0 else "exact"
+        rows.append([row.name, f"{row.size:,}", value, error, f"{mean:.3g}", *shares])
+    source = f"from {_counted(blocks.probes, 'probe')} that the trace and the Frobenius norm had"
+    caption = (
+        f"Sums of the diagonal, {'exact' if blocks.exact else source}, ± for "
+        f"{100 * blocks.confidence:g}%. Under an eigenvalue λ: what of the squared length of its "
+        "eigenvector lies there. run.json lists every module."
+    )
+    heads = [*head, *(f"λ = {blocks.eigenvalues[i]:.4g}" for i in shown)]
+    return _Table(f"Trace by {blocks.grouping}", caption, heads, rows)
+
+
 def _failures(analysis: Analysis) -> Iterator[str]:
     """The parts that did not reach their tolerance."""
     missed = int((~analysis.eigenpairs.converged).sum())
@@ -407,6 +451,7 @@ def _notes(analysis: Analysis) -> Iterator[tuple[str, str]]:
         "spectral norm": analysis.spectral_norm,
         "trace": analysis.trace,
         "Frobenius norm": analysis.frobenius_norm,
+        "traces of layers": analysis.blocks,
         "density": analysis.density,
     }
     for name, part in parts.items():

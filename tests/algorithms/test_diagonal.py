@@ -13,9 +13,8 @@ from scipy import stats
 import spectra
 from spectra.algorithms.diagonal import DiagonalEstimate, diagonal
 from spectra.errors import ArgumentError, ArgumentTypeError, NonFiniteError
-from spectra.objective.parameters import ParameterSpace
-from spectra.operators.base import SymmetricOperator
 from tests.cases.matrices import (
+    Layered,
     Poisoned,
     Rotated,
     dense,
@@ -31,17 +30,6 @@ from tests.cases.matrices import (
 )
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods" / "diagonal.md"
-
-
-class Layered(SymmetricOperator):
-    """A matrix whose rows belong to named parameters, as a network's do."""
-
-    def __init__(self, matrix, sizes):
-        self.matrix = torch.from_numpy(np.array(matrix))
-        super().__init__(ParameterSpace({k: torch.zeros(n).double() for k, n in sizes.items()}))
-
-    def _products(self, rows):
-        return rows @ self.matrix
 
 
 def error_of(estimate, matrix):
@@ -613,8 +601,8 @@ def test_what_cannot_be_meant_is_refused_before_any_product(options, error, mess
 
 def test_module_traces_by_something_else_are_refused():
     found = diagonal(np.eye(3))
-    with pytest.raises(ArgumentError, match="expected 'module' or 'parameter'"):
-        found.module_traces("layer")
+    with pytest.raises(ArgumentError, match="expected 'layer', 'module' or 'parameter'"):
+        found.module_traces("block")
 
 
 @pytest.mark.parametrize("method", ["auto", "hutchinson", "xdiag"])

@@ -14,6 +14,7 @@ from spectra.analysis.storage import (
     write_run,
 )
 from spectra.errors import StorageError
+from tests.cases.matrices import Layered
 
 VALUES = np.concatenate([[9.0, -5.0, 3.0], np.linspace(-0.5, 1, 297)])
 
@@ -61,6 +62,29 @@ def test_the_summary_holds_every_number_with_its_error(analysis):
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["operator"]["n"] == 300
     assert summary["seed"] == 0
+
+
+def test_the_summary_lists_every_layer_and_module_with_its_error(analysis, tmp_path):
+    h = Layered(np.diag(VALUES), {"h.0.q.weight": 100, "h.0.k.weight": 150, "head.weight": 50})
+    named = spectra.analyze(h, k=2, steps=10, probes=2, rtol=0.05, progress=False)
+    summary = write_run(named, tmp_path / "run")
+    assert read_summary(tmp_path / "run") == summary
+    for by, names in {"module": ["h.0.q", "h.0.k", "head"], "layer": ["h.0", "head"]}.items():
+        written = summary[f"{by}_traces"]
+        assert written["probes"] == named.blocks.probes
+        assert [block["name"] for block in written["blocks"]] == names
+        for block, trace in zip(written["blocks"], named.module_traces(by).values(), strict=True):
+            assert block["value"] == trace.value
+            assert block["standard_error"] == trace.standard_error
+            assert tuple(block["interval"]) == trace.interval()
+        shares = np.array([block["eigenvector_shares"] for block in written["blocks"]])
+        assert shares.sum(axis=0) == pytest.approx(np.ones(2))
+        assert sum(block["parameters"] for block in written["blocks"]) == 300
+    again = read_run(tmp_path / "run")
+    assert str(again.blocks) == str(named.blocks)
+    assert again.module_traces()["head"].interval() == named.module_traces()["head"].interval()
+    plain = summarize(analysis)
+    assert plain["layer_traces"] is plain["module_traces"] is None
 
 
 def test_the_summary_is_strict_json(analysis, tmp_path):

@@ -15,7 +15,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 
 import spectra
-from spectra.operators.base import MatrixOperator
+from spectra.objective.parameters import ParameterSpace
+from spectra.operators.base import MatrixOperator, SymmetricOperator
 
 WILKINSON_TOP = (10.746194182903322, 10.746194182903393, 9.210678647304919, 9.210678647361332)
 
@@ -191,6 +192,20 @@ class Poisoned(LinearOperator):
         if self.count == self.at:
             product[0] = np.nan
         return product
+
+
+class Layered(SymmetricOperator):
+    """A matrix whose rows belong to named parameters, as a network's do."""
+
+    def __init__(
+        self, matrix: Any, sizes: dict[str, int], dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.matrix = torch.from_numpy(np.array(matrix)).to(dtype)
+        tensors = {name: torch.zeros(size, dtype=dtype) for name, size in sizes.items()}
+        super().__init__(ParameterSpace(tensors))
+
+    def _products(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows @ self.matrix
 
 
 def operator(matrix: Any) -> Any:

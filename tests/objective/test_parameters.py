@@ -6,7 +6,7 @@ from torch import nn
 
 from spectra import ParameterSpace
 from spectra.errors import ArgumentError, ArgumentTypeError, ParameterSelectionError
-from spectra.objective.parameters import select_parameters
+from spectra.objective.parameters import layer_of, select_parameters
 from tests.cases.networks import TinyGPT
 
 
@@ -194,6 +194,25 @@ def test_the_places_of_a_module_that_is_interrupted_are_not_joined():
     tensors = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(3), "a.bias": torch.zeros(1)}
     places = {"a": (slice(0, 2), slice(5, 6)), "b": (slice(2, 5),)}
     assert ParameterSpace(tensors).modules() == places
+
+
+@pytest.mark.parametrize(
+    ("module", "layer"),
+    [
+        ("model.layers.3.self_attn.q_proj", "model.layers.3"),
+        ("model.layers.10", "model.layers.10"),
+        ("model.embed_tokens", "model.embed_tokens"),
+        ("encoder.pooler.dense", "encoder.pooler"),
+        ("lm_head", "lm_head"),
+        ("layer1.0.conv2", "layer1.0"),
+        ("0", "0"),
+        ("blocks.2.experts.7.up", "blocks.2"),
+        ("vision.tower.deep.layers.4.mlp", "vision.tower.deep.layers.4"),
+        ("", ""),
+    ],
+)
+def test_a_layer_is_a_module_up_to_its_first_number_or_its_first_two_parts(module, layer):
+    assert layer_of(module) == layer
 
 
 def test_the_space_says_what_it_holds():

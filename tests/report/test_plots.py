@@ -18,7 +18,7 @@ import spectra
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.report import plots
 from spectra.results import Result
-from tests.cases.matrices import Diagonal, dense, s1, s4, semicircle
+from tests.cases.matrices import Diagonal, Layered, dense, s1, s4, semicircle
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,13 @@ def density(pairs):
 @pytest.fixture(scope="module")
 def trace(pairs):
     return spectra.trace(Diagonal(s1(400)), deflate=pairs, rtol=0.01, progress=False)
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    sizes = {f"layers.{i}.{name}": 2 for i in range(40) for name in ("weight", "bias")}
+    h = Layered(dense(s1(160)), sizes)
+    return spectra.analyze(h, 3, steps=10, rtol=0.3, progress=False).blocks
 
 
 @pytest.fixture(scope="module")
@@ -444,10 +451,44 @@ def test_a_single_probe_has_no_interval(ax, trace):
     assert "no interval from fewer than two probes" in legend(ax)
 
 
+# --- blocks --------------------------------------------------------------------------------------
+
+
+def test_layers_are_bars_from_the_top_with_their_intervals(ax, blocks):
+    plots.plot_blocks(blocks, ax)
+    rows, others = blocks.table()
+    assert [bar.get_width() for bar in ax.patches] == [row.trace.value for row in rows]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [row.name for row in rows]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    ends = [segment[:, 0] for segment in ax.collections[0].get_segments()]
+    assert np.array(ends) == pytest.approx(np.array([row.trace.interval() for row in rows]))
+    assert f"95% interval, {blocks.probes} probes" in legend(ax)
+    assert f"16 others together: {others.trace.value:.3g} ±" in ax.get_xlabel()
+    assert title(ax).startswith("Trace by layer (Hutchinson, 3 deflated")
+
+
+def test_exact_traces_and_those_of_one_probe_have_no_interval(ax, blocks):
+    for few in (
+        dataclasses.replace(blocks, exact=True, parameter_traces=blocks.parameter_traces[:1]),
+        dataclasses.replace(blocks, parameter_traces=blocks.parameter_traces[:1]),
+    ):
+        ax.clear()
+        plots.plot_blocks(few, ax)
+        assert len(ax.patches) == 24
+        assert ax.get_legend() is None
+
+
+def test_long_names_are_cut_at_the_front(ax):
+    sizes = {"a" * 40 + ".b.weight": 60, "c.weight": 60}
+    blocks = spectra.analyze(Layered(dense(s1(120)), sizes), 2, rtol=0.3, progress=False).blocks
+    plots.plot_blocks(blocks, ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["…" + "a" * 27 + ".b", "c"]
+
+
 # --- all kinds -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["pairs", "density", "trace"])
+@pytest.mark.parametrize("kind", ["pairs", "density", "trace", "blocks"])
 def test_every_result_plots_itself_also_when_loaded(ax, kind, request, tmp_path):
     result = request.getfixturevalue(kind)
     loaded = spectra.load(result.save(tmp_path / kind))
@@ -481,7 +522,7 @@ def test_a_result_without_a_figure_is_refused(ax):
         plots.plot(Result(), ax)
 
 
-@pytest.mark.parametrize("kind", ["pairs", "density", "trace"])
+@pytest.mark.parametrize("kind", ["pairs", "density", "trace", "blocks"])
 def test_what_is_no_axes_is_refused(kind, request):
     with pytest.raises(ArgumentTypeError, match="ax is a Figure; expected one matplotlib Axes"):
         request.getfixturevalue(kind).plot(Figure())

@@ -91,7 +91,7 @@ def written(analysis, directory, figures=(), **options) -> Page:
 
 
 def test_every_eigenvalue_stands_beside_its_residual(analysis, page):
-    rows = [row for row in page.rows if row[0].isdigit()]
+    rows = [row for row in page.rows if row[0].isdigit() and len(row) == 4]
     assert len(rows) == 6
     for i, (index, value, residual, converged) in enumerate(rows):
         assert int(index) == i + 1
@@ -117,6 +117,27 @@ def test_an_interval_is_printed_with_the_digits_that_it_has(tmp_path):
     printed = re.fullmatch(r"95% interval (\S+) to (\S+)", error)
     assert [float(end) for end in printed.groups()] == pytest.approx([low, high], rel=1e-2)
     assert all(len(end.strip("-").replace(".", "")) <= 4 for end in printed.groups())
+
+
+def test_every_layer_stands_beside_its_error_and_its_share_of_the_eigenvectors(analysis, page):
+    head = page.row("layer")
+    assert head[1:5] == ["parameters", "trace", "error", "per parameter"]
+    assert head[5:] == [f"λ = {value:.4g}" for value in analysis.eigenpairs.values[:2]]
+    vectors = analysis.eigenpairs.vectors
+    for name, place in {"0": slice(0, 25), "2": slice(25, 43)}.items():
+        found = next(row for row in page.rows if row[0] == name and len(row) == len(head))
+        trace = analysis.module_traces()[name]
+        low, high = trace.interval()
+        assert int(found[1]) == place.stop - place.start
+        assert float(found[2]) == pytest.approx(trace.value, rel=0.01)
+        assert float(found[3].removeprefix("± ")) == pytest.approx((high - low) / 2, rel=0.06)
+        share = float((vectors[place, 0] ** 2).sum())
+        assert float(found[5].removesuffix("%")) == pytest.approx(100 * share, abs=0.06)
+    assert f"from {analysis.blocks.probes} probes" in page.text
+
+
+def test_the_table_of_layers_is_left_out_where_there_are_none(doubtful, tmp_path):
+    assert not [row for row in written(doubtful, tmp_path).rows if row[0] == "layer"]
 
 
 def test_the_summary_is_a_sentence_with_errors(analysis, page):
@@ -261,7 +282,7 @@ def test_the_same_analysis_gives_the_same_page_also_when_loaded(analysis, tmp_pa
 
 def test_figures_are_saved_in_every_format_and_can_be_embedded(analysis, tmp_path):
     figures = save_figures(analysis, tmp_path / "new" / "figures")
-    assert list(figures) == ["eigenvalues", "density", "density_symlog", "trace"]
+    assert list(figures) == ["eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"]
     for name, path in figures.items():
         assert path == tmp_path / "new" / "figures" / f"{name}.svg"
         assert path.read_bytes().startswith(b"<?xml")
@@ -272,14 +293,14 @@ def test_figures_are_saved_in_every_format_and_can_be_embedded(analysis, tmp_pat
 
 
 def test_other_formats_can_be_asked_for(analysis, tmp_path):
-    analysis = dataclasses.replace(analysis, density=None)
+    analysis = dataclasses.replace(analysis, density=None, blocks=None)
     figures = save_figures(analysis, tmp_path, formats=["pdf"])
     assert figures["trace"].read_bytes().startswith(b"%PDF")
     assert not list(tmp_path.glob("*.svg"))
 
 
 def test_a_users_style_does_not_reach_saved_figures(analysis, tmp_path):
-    analysis = dataclasses.replace(analysis, density=None, trace=None)
+    analysis = dataclasses.replace(analysis, density=None, trace=None, blocks=None)
     plain = save_figures(analysis, tmp_path / "plain", formats=["svg"])
     with matplotlib.rc_context({"font.size": 30.0, "axes.facecolor": "red"}):
         before = dict(matplotlib.rcParams.items())
