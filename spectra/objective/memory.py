@@ -67,6 +67,8 @@ def peak_bytes(device: torch.device) -> int:
 class SavedBytes:
     """How much the operations of a forward pass save for its backward pass.
 
+    The graph of that pass is good for values only: it may be differentiated, but not twice.
+
     Parameters
     ----------
     apart_from
@@ -91,7 +93,8 @@ class SavedBytes:
     def _note(self, tensor: Tensor) -> Tensor:
         if tensor.layout == torch.strided and _address(tensor) not in self._known:
             self._sizes[_address(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+        # The tensor itself would keep the operation that saves it, and with it the graph, alive.
+        return tensor.detach()
 
 
 def _address(tensor: Tensor) -> int:

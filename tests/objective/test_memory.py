@@ -1,10 +1,11 @@
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
-from spectra.objective.memory import free_bytes, held_bytes, peak_bytes
+from spectra.objective.memory import SavedBytes, free_bytes, held_bytes, peak_bytes
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -44,3 +45,17 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     assert free_bytes(CPU) == 200 * MIB
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(CPU) > 200 * MIB
+
+
+def test_what_a_forward_pass_saves_is_counted_once_and_let_go():
+    x = torch.ones(1000, requires_grad=True)
+    weight = torch.ones(1000)
+    counted = SavedBytes([x, weight])
+    with counted.counting():
+        y = (weight * x).exp()
+        z = y * y
+    # The exponential saves its result, the product saves it again; the rest was there before.
+    assert counted.total == 4000
+    gone = weakref.ref(y)
+    del y, z
+    assert gone() is None

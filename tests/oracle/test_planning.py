@@ -75,7 +75,7 @@ def test_a_budget_decides_what_is_recomputed_and_split_and_is_kept():
     norms = []
     for budget, recomputes, splits in [
         (4000, False, False),
-        (400, True, False),
+        (250, True, False),
         (60, True, True),
     ]:
         peak, norm, described = run(PEAK.format(budget=budget << 20))
