@@ -451,7 +451,8 @@ def _placed(
             raise ArgumentError(msg)
         usual = sensible = min(int(ncv), n)
     if basis == "auto":
-        return space.place(usual, sensible, spare=_SPARE, room=room)
+        place, fitting = space.place(usual, sensible, spare=_SPARE, room=room)
+        return place, max(fitting, sensible)
     if ncv is not None:
         return basis, usual
     # What is below k + 2 cannot work at all: then let the allocation fail and say how much it was.

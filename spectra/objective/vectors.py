@@ -79,7 +79,8 @@ class VectorSpace:
         Parameters
         ----------
         wanted, least
-            Vectors, and how few of them are still of use; by default no fewer.
+            Vectors, and how few of them are still of use; by default no fewer. Fewer are returned
+            only where the disk has no room either.
         spare
             Vectors of memory that the computation takes beside the basis.
         room
@@ -98,7 +99,7 @@ class VectorSpace:
         if disk < least and room is None and least + spare <= 2 * affordable:
             # It is more than half of the free memory, but not more than all of it.
             return "device", least
-        return "disk", max(least, min(wanted, disk))
+        return "disk", min(wanted, disk)
 
     def place_of(self, basis: Tensor) -> Place:
         """Where a basis is."""
@@ -145,6 +146,18 @@ class VectorSpace:
         """A row of a basis where the vectors are; itself, if it is there."""
         return row.to(self.device) if _elsewhere(row, self.device) else row
 
+    def held(self, rows: Tensor) -> Tensor:
+        """Rows of any kind as a basis: themselves if they are one, or a copy where it fits best."""
+        if rows.dtype == self.dtype and rows.is_contiguous():
+            # What is on the host stays there where the device has no room.
+            if not _elsewhere(rows, self.device) or self.place(len(rows))[0] != "device":
+                return rows
+        basis = self.basis(len(rows))
+        for start in range(0, self.n, self._width):
+            columns = slice(start, start + self._width)
+            basis[:, columns].copy_(rows[:, columns])
+        return basis
+
     def selected(self, basis: Tensor, order: Tensor) -> Tensor:
         """Some of the first rows of a basis by themselves, in the given order.
 
@@ -184,7 +197,7 @@ class VectorSpace:
         """Inner products (m,) float64 of the rows of `basis` (m, n) with `x` (n,)."""
         exact, on_cpu = x.dtype == torch.float64, x.device.type == "cpu"
         total = torch.zeros(basis.shape[0], dtype=torch.float64, device=x.device)
-        for columns, rows in self._blocks(basis):
+        for columns, rows in self.blocks(basis):
             part = x[columns]
             if on_cpu and not exact and (large := _large_entries(part)) is not None:
                 total += rows[:, large].double() @ part[large].double()
@@ -192,18 +205,26 @@ class VectorSpace:
             total += torch.mv(rows, part)
         return total
 
+    def gram(self, basis: Tensor) -> Tensor:
+        """Inner products (m, m) float64 of the rows of `basis` with one another."""
+        total = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=self.device)
+        for _, rows in self.blocks(basis):
+            exact = rows.double()
+            total.addmm_(exact, exact.T)
+        return total
+
     def combine(self, basis: Tensor, coefficients: Tensor) -> Tensor:
         """Linear combination (n,) of the rows of `basis` (m, n) with `coefficients` (m,)."""
         vector = self.empty()
         coefficients = coefficients.to(vector)
-        for columns, rows in self._blocks(basis):
+        for columns, rows in self.blocks(basis):
             torch.mv(rows.T, coefficients, out=vector[columns])
         return vector
 
     def subtract(self, x: Tensor, basis: Tensor, coefficients: Tensor) -> None:
         """Take the linear combination of the rows of `basis` away from `x`, in place."""
         coefficients = coefficients.to(x)
-        for columns, rows in self._blocks(basis):
+        for columns, rows in self.blocks(basis):
             x[columns].addmv_(rows.T, coefficients, alpha=-1.0)
 
     def rotate(self, basis: Tensor, rotation: Tensor) -> None:
@@ -214,14 +235,16 @@ class VectorSpace:
         m, p = rotation.shape
         matrix = rotation.T.to(device=self.device, dtype=self.dtype)
         tile = max(_BLOCK, (1 << 22) // max(m, 1))
-        for columns, rows in self._blocks(basis[:m], tile):
+        for columns, rows in self.blocks(basis[:m], tile):
             _copy(basis[:p, columns], matrix @ rows)
 
-    def _blocks(self, basis: Tensor, width: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """The columns of a basis where the vectors are, block by block, with their places."""
+    def blocks(self, basis: Tensor, width: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """The columns of a basis where the vectors are, block by block, with their places.
+
+        To be read only: they may be copies.
+        """
         elsewhere, on_disk = _elsewhere(basis, self.device), places.is_on_disk(basis)
-        if width is None:
-            width = _BLOCK if self.device.type == "cpu" else _BLOCK_ON_ACCELERATOR
+        width = width or self._width
         if elsewhere:
             width = min(width, max(_BLOCK, _COPIED // max(len(basis), 1)))
         if on_disk:
@@ -235,6 +258,10 @@ class VectorSpace:
                 rows = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
                 _copy(rows, basis[:, columns])
             yield columns, rows
+
+    @property
+    def _width(self) -> int:
+        return _BLOCK if self.device.type == "cpu" else _BLOCK_ON_ACCELERATOR
 
 
 def _elsewhere(rows: Tensor, device: torch.device) -> bool:
