@@ -312,7 +312,7 @@ def eigsh(
         converged = residuals <= search.thresholds(values)
         return Eigenpairs(
             values=values[order],
-            vectors=operator.native(space.selected(rows, torch.from_numpy(order)).T),
+            vectors=operator.native(space.reordered(rows, torch.from_numpy(order)).T),
             residuals=residuals[order],
             converged=converged[order],
             which=which,

@@ -33,8 +33,8 @@ _MOST_STEPS_TO_A_THRESHOLD = 100
 CERTIFICATE_CONFIDENCE = 0.99
 # Room that is made for eigenvalues beyond a threshold, when nobody says how many there may be.
 _EXPECTED_ABOVE = 20
-# Residuals are measured in blocks of products, of at most so many bytes.
-_BLOCK_BYTES = 1 << 28
+# Residuals are measured in blocks of products of so many bytes: large ones gain nothing by it.
+_BLOCK_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)

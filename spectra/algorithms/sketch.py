@@ -68,7 +68,7 @@ def by_krylov(run: Run) -> tuple[Moments, str]:
     """
     if run.small:
         return run.exactly(), "n unit vectors"
-    probes = [_kept(run.space, *run.probe()) for _ in range(run.least)]
+    probes = _first_probes(run)
     samples = _sampled(run, probes, Nothing())
     krylov = _grow(run, probes, run.stop.probes_to_come(_moments(run, samples)))
     known: KnownPart = Nothing()
@@ -81,6 +81,14 @@ def by_krylov(run: Run) -> tuple[Moments, str]:
     probes.clear()
     moments = run.sample(samples, known)
     return moments, "n unit vectors" if moments.exact else label
+
+
+def _first_probes(run: Run) -> list[Tensor]:
+    """As many as an error takes, each with its product (2, n), where there is room for them all."""
+    probes = list(run.space.basis(2 * run.least).unflatten(0, (-1, 2)))
+    for rows in probes:
+        rows[0], rows[1] = run.probe()
+    return probes
 
 
 def _grow(run: Run, probes: list[Tensor], come: float) -> Krylov | None:
@@ -218,7 +226,9 @@ class _Range:
         for _ in range(count):
             vector, product = self._run.probe(self.rows)
             self.take_from(vector, product)
-            self._probes.append(_kept(self._space, vector, product, self._place))
+            kept = self._space.basis(2, self._place)
+            kept[0], kept[1] = vector, product
+            self._probes.append(kept)
 
     def take_from(self, vector: Tensor, product: Tensor) -> None:
         """Take Q out of the product with a `vector` in its complement, in place."""
@@ -359,15 +369,6 @@ def _outside(run: Run, rows: Tensor, product: Tensor) -> tuple[np.ndarray, Tenso
     if rest <= 10 * space.eps * length or len(rows) == space.n:
         return coefficients, None
     return coefficients, product.div_(rest)
-
-
-def _kept(
-    space: VectorSpace, vector: Tensor, product: Tensor, place: Place | None = None
-) -> Tensor:
-    """A probe and its product as rows (2, n), where there is room."""
-    rows = space.basis(2, place)
-    rows[0], rows[1] = vector, product
-    return rows
 
 
 def _sampled(run: Run, probes: list[Tensor], known: KnownPart) -> Samples:

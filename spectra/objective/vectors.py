@@ -158,8 +158,8 @@ class VectorSpace:
             basis[:, columns].copy_(rows[:, columns])
         return basis
 
-    def selected(self, basis: Tensor, order: Tensor) -> Tensor:
-        """Some of the first rows of a basis by themselves, in the given order.
+    def reordered(self, basis: Tensor, order: Tensor) -> Tensor:
+        """The first rows of a basis by themselves, in the given order.
 
         The basis is used up: the memory of its other rows is given back before the copy is made.
         """
