@@ -204,13 +204,19 @@ class Search:
             row.div_(space.norm(space.local(row)))
         chunk = max(1, min(krylov.capacity // 4, _BLOCK_BYTES // space.vector_bytes))
         for start in range(0, len(rows), chunk):
-            vectors = space.local(rows[start : start + chunk])
-            products = operator.apply(vectors.T).T
-            for i, (vector, product) in enumerate(zip(vectors, products, strict=True), start=start):
-                values[i] = space.inner(vector, product)
-                residuals[i] = space.norm(product.sub_(vector, alpha=values[i]))
-                self.bar.update()
+            some = slice(start, start + chunk)
+            self._measure(operator, space.local(rows[some]), values[some], residuals[some])
         return krylov.rows, values, residuals
+
+    def _measure(
+        self, operator: SymmetricOperator, rows: Tensor, values: np.ndarray, residuals: np.ndarray
+    ) -> None:
+        """Fill in Rayleigh quotients and residuals. The products go before others are made."""
+        space = operator.space
+        for i, (row, product) in enumerate(zip(rows, operator.apply(rows.T).T, strict=True)):
+            values[i] = space.inner(row, product)
+            residuals[i] = space.norm(product.sub_(row, alpha=values[i]))
+            self.bar.update()
 
     @property
     def _steps_left(self) -> int:

@@ -373,7 +373,7 @@ print(*digest(list(answers("auto"))))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others do not tell it in /proc")
-@pytest.mark.parametrize("n", [1_000_000, pytest.param(5_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [2_000_000, pytest.param(5_000_000, marks=pytest.mark.slow)])
 def test_a_basis_on_disk_leaves_memory_for_a_few_vectors(n, tmp_path):
     # Or the C library keeps freed vectors, which look like held ones.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
