@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -376,13 +377,13 @@ print(*digest(list(answers("auto"))))
 @pytest.mark.parametrize("n", [2_000_000, pytest.param(5_000_000, marks=pytest.mark.slow)])
 def test_a_basis_on_disk_leaves_memory_for_a_few_vectors(n, tmp_path):
     # Or the C library keeps freed vectors, which look like held ones.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
+    environment = {"MALLOC_MMAP_THRESHOLD_": "1000000", "TMPDIR": tempfile.gettempdir()}
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(n), str(tmp_path)],
         capture_output=True,
         check=True,
         text=True,
-        env=environment,
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
     )
     on_disk, in_memory = (line.split() for line in done.stdout.splitlines())
     assert on_disk[:3] == ["disk", "disk", "None"]
