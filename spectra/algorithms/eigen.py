@@ -452,7 +452,9 @@ def _placed(
         usual = sensible = min(int(ncv), n)
     if basis == "auto":
         place, fitting = space.place(usual, sensible, spare=_SPARE, room=room)
-        return place, max(fitting, sensible)
+        if fitting >= sensible:
+            return place, fitting
+        return "disk" if room is not None else space.place_for(sensible, spare=_SPARE), sensible
     if ncv is not None:
         return basis, usual
     # What is below k + 2 cannot work at all: then let the allocation fail and say how much it was.

@@ -79,16 +79,15 @@ class VectorSpace:
         Parameters
         ----------
         wanted, least
-            Vectors, and how few of them are still of use; by default no fewer. Fewer are returned
-            only where the disk has no room either.
+            Vectors, and how few of them are still of use; by default no fewer. Where nothing has
+            room for those either, what has the most is returned.
         spare
             Vectors of memory that the computation takes beside the basis.
         room
             Vectors that the device may hold, `spare` included; by default what is affordable.
         """
         least = wanted if least is None else min(least, wanted)
-        affordable = self.affordable() if room is None else room
-        fitting = affordable - spare
+        fitting = (self.affordable() if room is None else room) - spare
         if wanted <= fitting:
             return "device", wanted
         if self.device.type != "cpu" and wanted <= self.affordable("host"):
@@ -96,10 +95,17 @@ class VectorSpace:
         if least <= fitting:
             return "device", fitting
         disk = self.affordable("disk")
-        if disk < least and room is None and least + spare <= 2 * affordable:
-            # It is more than half of the free memory, but not more than all of it.
-            return "device", least
+        if disk < least and disk < fitting:
+            return "device", fitting
         return "disk", min(wanted, disk)
+
+    def place_for(self, count: int, *, spare: int = 3) -> Place:
+        """Where a basis of just so many vectors is held, though it may fit nowhere."""
+        place, fitting = self.place(count, spare=spare)
+        if fitting >= count:
+            return place
+        # In all of the free memory, if that is enough; else the disk's error says what is missing.
+        return "device" if count + spare <= 2 * self.affordable() else "disk"
 
     def place_of(self, basis: Tensor) -> Place:
         """Where a basis is."""
@@ -125,15 +131,14 @@ class VectorSpace:
         return torch.empty(*count, self.n, dtype=self.dtype, device=self.device)
 
     def basis(self, count: int, place: Place | None = None) -> Tensor:
-        """Memory for `count` rows at a place, by default where `place` says.
+        """Memory for `count` rows at a place, by default where they fit.
 
         Raises
         ------
         StorageError
             The disk has no room for them.
         """
-        if place is None:
-            place, _ = self.place(count)
+        place = place or self.place_for(count)
         if place == "disk":
             return places.rows_on_disk(count, self.n, self.dtype)
         if place == "host" and self.device.type != "cpu":

@@ -243,10 +243,12 @@ def test_a_basis_is_held_where_it_fits(monkeypatch):
     assert space.place(40, 30, room=30) == ("disk", 40)
     free(memory=100, disk=150)
     assert space.place(400, 120) == ("disk", 150)
-    # Without a disk, more than half of the memory.
+    # Without a disk, what there is; or more than half of the memory, where it has to be.
     free(memory=100, disk=0)
-    assert space.place(150) == ("device", 150)
-    assert space.place(250) == ("disk", 0)
+    assert space.place(150) == ("device", 97)
+    assert space.place_for(150) == "device"
+    assert space.place_for(250) == "disk"
+    assert space.place(40, 30, room=20) == ("device", 17)
     # An accelerator: its host comes before a smaller basis.
     space.device = torch.device("cuda")
     free(memory=100, disk=1000, host=200)
