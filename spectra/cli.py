@@ -99,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, status)
     except Exception as error:
         if memory_ran_out(error):
-            advice = "; try --microbatch, fewer parameters (--params), or a smaller basis (--ncv)"
+            advice = (
+                "; try --microbatch, fewer parameters (--params), a smaller basis (--ncv), or one "
+                "on disk (--basis disk)"
+            )
             return _fail(error, _FAILED, advice)
         traceback.print_exc()
         print("spectra: error: unexpected; this is a bug in spectra or its input", file=sys.stderr)
@@ -161,6 +164,7 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
         "trace": arguments.trace or both,
         "density": arguments.density or both,
         "ncv": arguments.ncv,
+        "basis": arguments.basis,
         "budget": arguments.budget,
         "seed": arguments.seed,
     }
@@ -554,6 +558,13 @@ def _add_means(group: argparse._ArgumentGroup) -> None:
     )
     add("--microbatch", type=_positive, metavar="N", help="samples at a time, to bound memory")
     add("--ncv", type=_positive, metavar="N", help="most vectors to hold (default: by free memory)")
+    add(
+        "--basis",
+        choices=("auto", "device", "host", "disk"),
+        default="auto",
+        help="where they are held: on the device, in the host's memory, or in a temporary file on "
+        "disk (default: auto, where there is room)",
+    )
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:

@@ -182,7 +182,10 @@ def _encode(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
         # JSON has no nan or inf, and the readers of other languages refuse Python's spelling.
         return number if math.isfinite(number) else {"float": repr(number)}
     if isinstance(value, torch.Tensor):
-        return {"tensor": _put(lambda: value.detach().cpu().contiguous().clone(), where, arrays)}
+        # One copy: safetensors takes no tensors that share memory.
+        kept = value.detach()
+        copy = {"memory_format": torch.contiguous_format}
+        return {"tensor": _put(lambda: kept.cpu().clone(**copy), where, arrays)}
     if isinstance(value, np.ndarray):
         name = _put(lambda: torch.from_numpy(np.ascontiguousarray(value).copy()), where, arrays)
         return {"array": name, "shape": list(value.shape)}

@@ -1,11 +1,14 @@
 """What every test shares: one thread, seeded generators, repeatable hypothesis."""
 
 import random
+import tempfile
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from spectra.objective import places
 
 # pytest-xdist runs one worker per core, and PyTorch would start as many threads in each of them.
 torch.set_num_threads(1)
@@ -20,6 +23,17 @@ def _seeded():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the global state is what is seeded
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files_on_disk():
+    """Where /tmp is in memory, a basis on disk would be refused."""
+    if places.free_disk_bytes():
+        yield
+        return
+    with tempfile.TemporaryDirectory(dir=".") as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", directory)
+        yield
 
 
 @pytest.fixture

@@ -419,6 +419,13 @@ def test_the_smallest_eigenvalues_can_be_asked_for(place, undrawn):
     np.testing.assert_allclose(summary["eigenpairs"]["values"], exact, rtol=1e-5)
 
 
+def test_the_basis_can_be_on_disk(place, undrawn):
+    plain = analyzed("targets.py:problem", "--top", "2")
+    summary = analyzed("targets.py:problem", "--top", "2", "--basis", "disk", out="other")
+    assert summary["eigenpairs"]["values"] == plain["eigenpairs"]["values"]
+    assert "held on disk" in " ".join(summary["eigenpairs"]["notes"])
+
+
 def test_a_budget_is_kept_and_what_it_left_out_is_said(place, undrawn):
     summary = analyzed("targets.py:problem", "--top", "3", "--budget", "30", status=1)
     assert summary["matvecs"]["total"] <= 30

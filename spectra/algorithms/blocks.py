@@ -63,7 +63,7 @@ def inner_by_parameter(space: VectorSpace, x: Tensor, y: Tensor) -> np.ndarray:
     return space.inner_by_parameter(x, y) if has_modules(space) else np.zeros(0)
 
 
-def add_diagonal(total: Tensor, rows: Tensor, core: Tensor) -> None:
+def add_diagonal(space: VectorSpace, total: Tensor, rows: Tensor, core: Tensor) -> None:
     """Add the diagonal of Q T Qᵀ to `total` (n,), in place, tile by tile.
 
     Parameters
@@ -75,9 +75,8 @@ def add_diagonal(total: Tensor, rows: Tensor, core: Tensor) -> None:
     """
     core = core.to(total)
     tile = max(1, _TILE_ENTRIES // len(core))
-    for start in range(0, len(total), tile):
-        part = rows[:, start : start + tile]
-        total[start : start + tile] += (part * (core @ part)).sum(dim=0)
+    for columns, part in space.blocks(rows, tile):
+        total[columns] += (part * (core @ part)).sum(dim=0)
 
 
 # --- traces of blocks -----------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def data_spread(
         random_probes.sphere(space, generator, rows if known else None).mul_(math.sqrt(remaining))
         for _ in range(probes if remaining else 0)
     ]
-    directions = torch.cat([rows, *(vector.unsqueeze(0) for vector in random)])
+    directions = torch.cat([space.local(rows), *(vector.unsqueeze(0) for vector in random)])
     weights, forms = H.quadratic_forms(directions.T)
     if len(weights) < 2:
         msg = (

@@ -43,6 +43,7 @@ class _Rule(NamedTuple):
     noise: float
     complete: bool
     parameter_traces: np.ndarray
+    basis: dict[str, Any] | None
     run: _Run | None
 
 
@@ -67,6 +68,7 @@ class _Run(Krylov):
             noise=self.noise.relative,
             complete=self.complete,
             parameter_traces=self._parameter_traces(taken[0]),
+            basis=self.space.describe_basis(self.rows),
             run=self if keep else None,
         )
 
@@ -78,10 +80,10 @@ class _Run(Krylov):
         """
         if not has_modules(self.space):
             return _NONE
-        first = self._rows[0]
+        first = self.space.local(self.rows[0])
         product = first * self.projection[0, 0]
         if beta > 0:
-            product.add_(self._rows[1], alpha=beta)
+            product.add_(self.space.local(self.rows[1]), alpha=beta)
         if self._outside is not None and self.mixed is not None:
             product.add_(self.space.combine(self._outside, self.mixed[0]), alpha=2)
         return self.dimension * self.space.inner_by_parameter(first, product)
@@ -162,8 +164,9 @@ def spectral_density(
     Notes
     -----
     Costs probes · steps matvecs and steps + 1 vectors of memory, with `keep_basis` that for each
-    probe. A run that spans the whole space knows all the eigenvalues: its weights are 1/n, and it
-    stands for all the probes after it.
+    probe. A basis that does not fit into half of the free memory is held by the host of an
+    accelerator, or on disk; the `provenance` says where. A run that spans the whole space knows
+    all the eigenvalues: its weights are 1/n, and it stands for all the probes after it.
 
     References
     ----------
@@ -180,7 +183,6 @@ def spectral_density(
     check_counts(steps, probes)
     random_probes.seeded(seed)
     deflation = None if deflate is None else random_probes.Deflation(operator, deflate)
-    outside = None if deflation is None else deflation.basis
     atoms = np.zeros(0) if deflation is None else np.sort(deflation.values)[::-1].copy()
     n = operator.space.n
     remaining = n - len(atoms)
@@ -195,17 +197,15 @@ def spectral_density(
                 # Another run would find the same eigenvalues.
                 rules.append(rules[0])
             elif begun is None or i >= begun.probes:
-                run = _Run(operator, steps, probe_generator(seed, i), complement_of=outside)
-                if deflation is not None:
-                    run.noise.limit = deflation.most_noise
-                rules.append(run.rule(np.zeros(0), keep_basis, bar))
-                if deflation is not None and run.mixed is not None:
-                    deflation.check(*run.mixed)
+                generator = probe_generator(seed, i)
+                rules.append(
+                    _new_rule(operator, steps, generator, deflation, keep=keep_basis, bar=bar)
+                )
             elif begun.steps == steps or begun.ended(i):
                 rules.append(_begun_rule(begun, i, keep_basis))
             else:
-                run = begun.runs[i].extended(operator, steps)
-                rules.append(run.rule(begun.betas[i], keep_basis, bar))
+                extended = begun.runs[i].extended(operator, steps)
+                rules.append(extended.rule(begun.betas[i], keep_basis, bar))
     nodes, weights, alphas, betas = (np.zeros((probes, steps)) for _ in range(4))
     for i, rule in enumerate(rules):
         live = len(rule.nodes)
@@ -236,6 +236,8 @@ def spectral_density(
         provenance={
             "operator": operator.describe(),
             "options": {"steps": steps, "probes": probes, "deflated": remaining < n},
+            # That of each probe; the last is the largest.
+            "basis": rules[-1].basis if rules else None,
             "seed": seed,
             "versions": versions(),
         },
@@ -243,6 +245,26 @@ def spectral_density(
     if keep_basis:
         density.keep([rule.run for rule in rules])
     return density
+
+
+def _new_rule(
+    operator: SymmetricOperator,
+    steps: int,
+    generator: torch.Generator,
+    deflation: random_probes.Deflation | None,
+    *,
+    keep: bool,
+    bar: Any,
+) -> _Rule:
+    """The rule of a new probe. The basis goes with the return, before there is another one."""
+    outside = None if deflation is None else deflation.basis
+    run = _Run(operator, steps, generator, complement_of=outside)
+    if deflation is not None:
+        run.noise.limit = deflation.most_noise
+    rule = run.rule(np.zeros(0), keep, bar)
+    if deflation is not None and run.mixed is not None:
+        deflation.check(*run.mixed)
+    return rule
 
 
 def _check_begun(
@@ -306,6 +328,7 @@ def _begun_rule(begun: SpectralDensity, probe: int, keep: bool) -> _Rule:
         noise=begun.noise,
         complete=begun.ended(probe) and size == begun.remaining,
         parameter_traces=begun.parameter_traces[probe] if len(begun.parameter_traces) else _NONE,
+        basis=begun.provenance.get("basis"),
         run=begun.runs[probe] if keep and begun.runs else None,
     )
 

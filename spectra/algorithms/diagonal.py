@@ -251,6 +251,7 @@ def diagonal(
     provenance = {
         "operator": operator.describe(),
         "options": {**options, "max_matvecs": max_matvecs},
+        "basis": run.basis,
         "seed": seed,
         "versions": versions(),
     }
@@ -374,7 +375,7 @@ class _Known:
 
     def add_diagonal(self, total: Tensor) -> None:
         """Add the diagonal of Q T Qᵀ to `total`, in place."""
-        add_diagonal(total, self.rows, self._core)
+        add_diagonal(self._space, total, self.rows, self._core)
 
 
 class _Samples:
@@ -602,6 +603,8 @@ class _Run:
         self.places = list(slices.values())
         self.spent = 0
         self.noise = Noise(space.n)
+        self.basis: dict[str, Any] | None = None
+        """How large the Krylov basis was and where, for the provenance."""
         self._squares: list[float] = []
         self._bar = bar
         self._budget = budget
@@ -693,17 +696,18 @@ class _Run:
         matrix that is nearly diagonal, not much is lost.
         """
         n = self.space.n
-        room = self.space.affordable() - 2 * len(first)
-        capacity = min(trial.probes_to_come() / 2, self.left // 2, room)
+        capacity = min(trial.probes_to_come() / 2, self.left // 2)
         if n <= self.left:
             # The n unit vectors would do, and must remain possible.
             capacity = min(capacity, n // 2, self.left - n)
         capacity = min(capacity, n - sum(len(part.rows) for part in known))
-        if capacity < _MIN_BASIS:
+        place, fitting = self.space.place(int(capacity), int(capacity) // 2, spare=2 * len(first))
+        if fitting < _MIN_BASIS:
             return trial
         # From a random direction of its own, so that it is independent of the first probes.
         outside = known[0].rows if known else None
-        krylov = Krylov(self.operator, int(capacity), self.generator, complement_of=outside)
+        krylov = Krylov(self.operator, fitting, self.generator, complement_of=outside, place=place)
+        self.basis = self.space.describe_basis(krylov.rows)
         best, check = trial, _MIN_BASIS
         while not krylov.full:
             krylov.step()

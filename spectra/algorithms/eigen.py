@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,11 +24,14 @@ from spectra.algorithms.search import (
     Which,
 )
 from spectra.errors import ArgumentError, ArgumentTypeError
+from spectra.objective.places import Place
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.results import Result, versions
 
-__all__ = ["Eigenpairs", "Which", "check_eigsh_arguments", "eigsh"]
+__all__ = ["Basis", "Eigenpairs", "Which", "check_eigsh_arguments", "eigsh"]
+
+Basis = Literal["auto", "device", "host", "disk"]
 
 _NAMES = {
     "LM": "largest in magnitude",
@@ -39,6 +42,10 @@ _NAMES = {
 _DEFAULT_COUNT = 6
 # A basis of this many bytes, or vectors, is allowed to grow before the first restart.
 _FREE_BYTES, _FREE_VECTORS = 1 << 28, 300
+# Vectors of memory beside the basis: the next one, the product, and what the algorithm works in.
+_SPARE = 3
+# The same where the basis is on disk, with what the operator holds meanwhile.
+_WITHOUT_BASIS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +58,9 @@ class Eigenpairs(Result):
         (k,) float64 eigenvalues, in descending order whatever `which` was.
     vectors
         (n, k) unit eigenvectors as columns, in the same order: a torch tensor on the operator's
-        device, or a NumPy array where a NumPy or SciPy matrix was given.
+        device, or a NumPy array where a NumPy or SciPy matrix was given. Where the basis was in
+        the host's memory or on disk, so are they: a tensor on the CPU, mapped from a file that
+        is gone with the last reference to it.
     residuals
         (k,) ‖Hx − λx‖, measured by one more product each. There is an eigenvalue within
         λ ± residual; that none was missed is another question, see `no_eigenvalue_above`.
@@ -183,6 +192,7 @@ def eigsh(
     max_matvecs: int | None = None,
     ncv: int | None = None,
     memory_budget: int | None = None,
+    basis: Basis = "auto",
     v0: Any = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -214,7 +224,15 @@ def eigsh(
         Most basis vectors to hold; memory is (ncv + 3) n numbers. Default max(8 k, 80), more where
         that takes less than 256 MiB, and no more than fits into half of the free memory.
     memory_budget
-        The same in bytes, instead of `ncv`.
+        The same in bytes, instead of `ncv`. Where that is less than a search for k pairs takes, the
+        basis is held elsewhere.
+    basis
+        Where it is held: on the "device" of the operator, in the memory of the "host", or on
+        "disk", in a temporary file (TMPDIR names the directory) of which nothing is left when its
+        last vector is freed. Memory is then about 8 vectors, and a step reads the basis twice. The
+        numbers are the same. "auto": on the device if a basis of the usual size fits; else on the
+        host, if that is another memory and has the room; else a smaller one on the device, down to
+        max(2 k, k + 8) vectors; else on disk. `notes` say what is slower than usual.
     v0
         Start vector (n,), or several as columns (n, p), such as the eigenvectors of an earlier
         checkpoint: their sum is where the search starts. Saves a few products at best.
@@ -234,6 +252,8 @@ def eigsh(
         k < 1, k > n, an unknown `which`, a start vector of another shape, too little memory.
     NonFiniteError
         A product holds nan or inf.
+    StorageError
+        There is no room on disk for the basis.
 
     Whatever exception ends the search, Ctrl-C included, has an attribute `partial`: the Eigenpairs
     as they stood, their residuals not measured but as the recurrence has them, or None.
@@ -272,10 +292,11 @@ def eigsh(
         )
         raise ArgumentError(msg)
     generator = probes.seeded(seed)
-    capacity = _capacity(space, target.expected, ncv, memory_budget)
+    place, capacity = _placed(space, target.expected, ncv, memory_budget, basis)
     start = None if v0 is None else _start_vector(operator, v0)
     before = operator.matvecs
-    krylov = Krylov(operator, capacity, generator, start)
+    krylov = Krylov(operator, capacity, generator, start, place=place)
+    held = space.describe_basis(krylov.rows)
     search = Search(krylov, target, tol, budget)
     options = {
         "k": k,
@@ -291,7 +312,7 @@ def eigsh(
         converged = residuals <= search.thresholds(values)
         return Eigenpairs(
             values=values[order],
-            vectors=operator.native(rows[torch.from_numpy(order).to(rows.device)].T),
+            vectors=operator.native(space.reordered(rows, torch.from_numpy(order)).T),
             residuals=residuals[order],
             converged=converged[order],
             which=which,
@@ -304,6 +325,7 @@ def eigsh(
             provenance={
                 "operator": operator.describe(),
                 "options": options,
+                "basis": held,
                 "seed": seed,
                 "versions": versions(),
             },
@@ -324,7 +346,11 @@ def eigsh(
                 with contextlib.suppress(AttributeError):
                     error.partial = partial  # type: ignore[attr-defined]
             raise
-    notes = [*search.notes, *_more_notes(search, values, residuals, claimed)]
+    notes = [
+        *search.notes,
+        *_more_notes(search, values, residuals, claimed),
+        *_basis_notes(search, held, capacity if ncv else _usual_size(space, target.expected)),
+    ]
     return result(
         rows,
         values,
@@ -376,34 +402,80 @@ def _beyond(which: str, above: float) -> str:
     return {"LA": f"λ > {above:g}", "SA": f"λ < {-above:g}"}.get(which, f"|λ| > {above:g}")
 
 
-def _capacity(space: VectorSpace, k: int, ncv: int | None, memory_budget: int | None) -> int:
-    """Most basis vectors to hold."""
-    size = torch.finfo(space.dtype).bits // 8 * space.n
-    least = min(k + 2, space.n)
+def _basis_notes(search: Search, held: dict[str, Any], usual: int) -> list[str]:
+    """A slower way to hold the basis than the usual one is said."""
+    place, count = held["place"], search.krylov.capacity
+    size = f"{held['vectors']} vectors, {held['bytes'] / 2**30:.2g} GiB"
+    if place == "disk":
+        return [f"the basis ({size}) was held on disk: every step reads it twice"]
+    if place == "host":
+        return [
+            f"the basis ({size}) was held by the host: every step copies it to the device twice"
+        ]
+    if count < usual and search.steps > count:
+        return [
+            f"memory had room for a basis of {count} vectors, {usual} are usual: the search took "
+            "more products than with more memory, or basis='disk'"
+        ]
+    return []
+
+
+def _usual_size(space: VectorSpace, k: int) -> int:
+    """How many basis vectors to hold where memory is no matter."""
+    return min(space.n, max(8 * k, 80, min(_FREE_BYTES // space.vector_bytes, _FREE_VECTORS)))
+
+
+def _placed(
+    space: VectorSpace, k: int, ncv: int | None, memory_budget: int | None, basis: Basis
+) -> tuple[Place, int]:
+    """Where to hold how many basis vectors."""
+    n = space.n
+    if basis not in get_args(Basis):
+        msg = f"basis={basis!r}; expected one of {', '.join(map(repr, get_args(Basis)))}"
+        raise ArgumentError(msg)
     if ncv is not None and memory_budget is not None:
         msg = "ncv and memory_budget say the same in vectors and in bytes; give one of them"
         raise ArgumentError(msg)
+    usual, sensible = _usual_size(space, k), min(max(2 * k, k + 8), n)
+    room = None
     if memory_budget is not None:
-        # Besides the basis: the next vector, the product, and what the algorithm works in.
-        ncv = memory_budget // size - 3
-        if ncv < least:
-            msg = (
-                f"memory_budget={memory_budget:,} bytes holds {max(ncv, 0)} vectors of "
-                f"{size:,} bytes; {k} eigenpairs take at least {(least + 3) * size:,}"
-            )
-            raise ArgumentError(msg)
-        return min(ncv, space.n)
+        room = _vectors_in(memory_budget, space, k, basis)
+        if basis in {"device", "host"} or (basis == "auto" and room - _SPARE >= sensible):
+            return "device" if basis == "auto" else basis, min(room - _SPARE, n)
     if ncv is not None:
         if not isinstance(ncv, int | np.integer):
             msg = f"ncv={ncv!r}; expected an integer number of basis vectors"
             raise ArgumentTypeError(msg)
-        if ncv < least:
+        if ncv < min(k + 2, n):
             msg = f"ncv={ncv} is too small for k={k}; expected at least k + 2"
             raise ArgumentError(msg)
-        return min(ncv, space.n)
-    usual = max(8 * k, 80, min(_FREE_BYTES // size, _FREE_VECTORS))
+        usual = sensible = min(int(ncv), n)
+    if basis == "auto":
+        place, fitting = space.place(usual, sensible, spare=_SPARE, room=room)
+        if fitting >= sensible:
+            return place, fitting
+        return "disk" if room is not None else space.place_for(sensible, spare=_SPARE), sensible
+    if ncv is not None:
+        return basis, usual
     # What is below k + 2 cannot work at all: then let the allocation fail and say how much it was.
-    return min(space.n, max(min(usual, space.affordable() - 3), k + 2 + CERTIFICATE_STEPS))
+    fitting = max(space.affordable(basis) - _SPARE, k + 2 + CERTIFICATE_STEPS)
+    return basis, min(usual, fitting)
+
+
+def _vectors_in(memory_budget: int, space: VectorSpace, k: int, basis: Basis) -> int:
+    """How many vectors a budget of memory holds, if that is enough."""
+    size = space.vector_bytes
+    room, least = memory_budget // size, min(k + 2, space.n) + _SPARE
+    elsewhere = basis in {"auto", "disk"}
+    if room < (min(least, _WITHOUT_BASIS) if elsewhere else least):
+        msg = (
+            f"memory_budget={memory_budget:,} bytes holds {max(room - _SPARE, 0)} vectors of "
+            f"{size:,} bytes; {k} eigenpairs take at least {least * size:,}"
+        )
+        if elsewhere and _WITHOUT_BASIS < least:
+            msg += f", or {_WITHOUT_BASIS * size:,} with their basis on disk"
+        raise ArgumentError(msg)
+    return room
 
 
 def check_eigsh_arguments(

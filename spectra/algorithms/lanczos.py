@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spectra.algorithms import probes
 from spectra.algorithms.noise import Noise
+from spectra.objective.places import Place
 from spectra.operators.base import SymmetricOperator
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Krylov:
         First direction (n,), not zero; random by default.
     complement_of
         Orthonormal rows (r, n); the Krylov space is that of H restricted to their complement.
+    place
+        Where the basis lives; by default where all of it fits best, see `VectorSpace.place`.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class Krylov:
         generator: torch.Generator,
         start: Tensor | None = None,
         complement_of: Tensor | None = None,
+        *,
+        place: Place | None = None,
     ) -> None:
         self._operator = operator
         self.space = operator.space
@@ -92,7 +97,7 @@ class Krylov:
         self.dimension = self.space.n - (0 if complement_of is None else len(complement_of))
         self.capacity = min(capacity, self.dimension)
         # One row more than the capacity: the next basis vector waits there.
-        self._rows = self.space.empty(min(self.capacity + 1, self.dimension))
+        self._rows = self.space.basis(min(self.capacity + 1, self.dimension), place)
         self.projection = np.zeros((self.capacity, self.capacity))
         self.size = 0
         self.beta = 0.0
@@ -120,6 +125,11 @@ class Krylov:
         return self._rows[: self.size]
 
     @property
+    def rows(self) -> Tensor:
+        """All the memory of the basis (capacity + 1, n), for those who use it up."""
+        return self._rows
+
+    @property
     def full(self) -> bool:
         """No further step fits."""
         return self.size == self.capacity
@@ -132,8 +142,9 @@ class Krylov:
     def step(self) -> None:
         """Add the waiting vector to the basis: one product."""
         j = self.size
-        vector = self._operator.apply(self._rows[j])
-        self.noise.watch(self.space, self._rows[j], vector, successive=True)
+        last = self.space.local(self._rows[j])
+        vector = self._operator.apply(last)
+        self.noise.watch(self.space, last, vector, successive=True)
         if self._outside is not None:
             if j == 0:
                 size = self.space.norm(vector)
@@ -153,7 +164,7 @@ class Krylov:
         elif self.exhausted:
             self._rows[self.size] = self._fresh_direction()
         else:
-            torch.div(vector, norm, out=self._rows[self.size])
+            self._rows[self.size] = vector.div_(norm)
 
     def extended(self, operator: SymmetricOperator, capacity: int) -> Self:
         """A copy with room for `capacity` vectors that goes on with `operator`."""
@@ -161,7 +172,7 @@ class Krylov:
         copied.noise = copy.copy(self.noise)
         copied._operator = operator
         copied.capacity = min(capacity, self.dimension)
-        copied._rows = self.space.empty(min(copied.capacity + 1, self.dimension))
+        copied._rows = self.space.basis(min(copied.capacity + 1, self.dimension))
         copied._rows[: len(self._rows)] = self._rows
         copied.projection = np.zeros((copied.capacity, copied.capacity))
         known = slice(self.size)
@@ -201,7 +212,7 @@ class Krylov:
 
     def _shrink(self, pairs: RitzPairs, keep: np.ndarray) -> RitzPairs:
         rotation = torch.from_numpy(np.ascontiguousarray(pairs.coefficients[:, keep]))
-        self.space.rotate(self.basis, rotation.to(self.space.device))
+        self.space.rotate(self.basis, rotation)
         self._dropped = self._inherited(pairs.coefficients[:, keep])
         self.size = len(keep)
         self._neighbours = False
@@ -225,9 +236,10 @@ class Krylov:
         local = np.zeros(self.size)
         if self._neighbours:
             local[-2] = self.beta
-            vector.add_(basis[-2], alpha=-self.beta)
-        local[-1] = space.inner(basis[-1], vector)
-        vector.add_(basis[-1], alpha=-local[-1])
+            vector.add_(space.local(basis[-2]), alpha=-self.beta)
+        last = space.local(basis[-1])
+        local[-1] = space.inner(last, vector)
+        vector.add_(last, alpha=-local[-1])
         norm = 0.0
         coefficients = torch.from_numpy(local).to(space.device)
         for _ in range(3):

@@ -90,6 +90,8 @@ class Noise:
             return
         if self._last is not None:
             self.compare(space, *self._last, v, hv, successive=successive)
+            # Not four long vectors at a time.
+            self._last = None
         self._last = (v.clone(), hv.clone())
 
     def forget(self) -> None:

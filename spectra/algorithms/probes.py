@@ -99,7 +99,7 @@ class Deflation:
     Attributes
     ----------
     basis
-        (r, n) orthonormal rows.
+        (r, n) orthonormal rows: the pairs' own, wherever these are kept.
     values
         (r,) float64 their Rayleigh quotients.
     trace
@@ -115,15 +115,16 @@ class Deflation:
             msg = f"deflate takes the Eigenpairs that eigsh returned, got a {type(pairs).__name__}"
             raise ArgumentTypeError(msg)
         vectors, space = pairs.vectors, operator.space
-        columns = vectors if isinstance(vectors, Tensor) else operator.from_numpy(vectors)
-        if columns.shape[0] != space.n:
+        # Transposed first: the columns of Eigenpairs are rows in memory, and nothing is copied.
+        rows = vectors.T if isinstance(vectors, Tensor) else operator.from_numpy(vectors.T)
+        if rows.shape[1] != space.n:
             msg = (
-                f"deflate holds eigenvectors of length {columns.shape[0]}, the operator has "
+                f"deflate holds eigenvectors of length {rows.shape[1]}, the operator has "
                 f"n = {space.n}; pass the result of eigsh on the same operator"
             )
             raise ArgumentError(msg)
-        self.basis = columns.to(device=space.device, dtype=space.dtype).T.contiguous()
-        gram = torch.stack([space.project(self.basis, row) for row in self.basis])
+        self.basis = space.held(rows)
+        gram = space.gram(self.basis)
         defect = float((gram - torch.eye(len(gram), device=gram.device)).abs().max())
         if defect > space.eps**0.5:
             msg = (
@@ -193,6 +194,8 @@ class Run:
         self.spent = 0
         self.noise = Noise(self.space.n)
         """How unsymmetric the products are, from each probe and the one before."""
+        self.basis: dict[str, Any] | None = None
+        """How large the largest basis was and where, for the provenance."""
         self._bar = bar
 
     @property

@@ -33,6 +33,8 @@ _MOST_STEPS_TO_A_THRESHOLD = 100
 CERTIFICATE_CONFIDENCE = 0.99
 # Room that is made for eigenvalues beyond a threshold, when nobody says how many there may be.
 _EXPECTED_ABOVE = 20
+# Residuals are measured in blocks of products of so many bytes: large ones gain nothing by it.
+_BLOCK_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -178,32 +180,43 @@ class Search:
         return self.pairs.residuals[self.target.choose(self.pairs.values)]
 
     def unmeasured(self) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Vectors as rows, values and residuals as the recurrence has them: no product."""
+        """Vectors as rows, values and residuals as the recurrence has them: no product.
+
+        The rows are the first of the basis, which is used up.
+        """
         assert self.pairs is not None
         pairs, chosen = self.pairs, self.target.choose(self.pairs.values)
-        rotation = torch.from_numpy(np.ascontiguousarray(pairs.coefficients[:, chosen].T))
-        basis = self.krylov.basis[: len(pairs.values)]
-        rows = rotation.to(basis) @ basis
-        return rows, pairs.values[chosen], pairs.residuals[chosen]
+        rotation = torch.from_numpy(np.ascontiguousarray(pairs.coefficients[:, chosen]))
+        self.krylov.space.rotate(self.krylov.rows[: len(pairs.values)], rotation)
+        return self.krylov.rows, pairs.values[chosen], pairs.residuals[chosen]
 
     def measured(self, operator: SymmetricOperator) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Vectors as rows (k, n), Rayleigh quotients, and true residuals: k products."""
+        """Vectors as rows, Rayleigh quotients (k,), and true residuals (k,): k products.
+
+        The vectors are the first k rows of the basis, which is used up.
+        """
         krylov, space = self.krylov, self.krylov.space
         assert self.pairs is not None
-        chosen = self.target.choose(self.pairs.values)
-        self.pairs = krylov.restart(self.pairs, chosen)
-        rows = krylov.basis.clone()
+        self.pairs = self._restarted(self.target.choose(self.pairs.values))
+        rows = krylov.basis
         values, residuals = np.zeros(len(rows)), np.zeros(len(rows))
         for row in rows:
-            row.div_(space.norm(row))
-        chunk = max(1, krylov.capacity // 4)
+            row.div_(space.norm(space.local(row)))
+        chunk = max(1, min(krylov.capacity // 4, _BLOCK_BYTES // space.vector_bytes))
         for start in range(0, len(rows), chunk):
-            products = operator.apply(rows[start : start + chunk].T).T
-            for i, product in enumerate(products, start=start):
-                values[i] = space.inner(rows[i], product)
-                residuals[i] = space.norm(product - values[i] * rows[i])
-                self.bar.update()
-        return rows, values, residuals
+            some = slice(start, start + chunk)
+            self._measure(operator, space.local(rows[some]), values[some], residuals[some])
+        return krylov.rows, values, residuals
+
+    def _measure(
+        self, operator: SymmetricOperator, rows: Tensor, values: np.ndarray, residuals: np.ndarray
+    ) -> None:
+        """Fill in Rayleigh quotients and residuals. The products go before others are made."""
+        space = operator.space
+        for i, (row, product) in enumerate(zip(rows, operator.apply(rows.T).T, strict=True)):
+            values[i] = space.inner(row, product)
+            residuals[i] = space.norm(product.sub_(row, alpha=values[i]))
+            self.bar.update()
 
     @property
     def _steps_left(self) -> int:
@@ -218,6 +231,12 @@ class Search:
         self.steps += 1
         self.bar.update()
 
+    def _restarted(self, keep: np.ndarray, *, fresh: bool = False) -> RitzPairs:
+        """What a restart leaves of the Ritz pairs; there are none while it is under way."""
+        pairs, self.pairs = self.pairs, None
+        assert pairs is not None
+        return (self.krylov.restart_fresh if fresh else self.krylov.restart)(pairs, keep)
+
     def _restart(self) -> bool:
         """Make room in a full basis, if the wanted pairs leave any."""
         assert self.pairs is not None
@@ -229,7 +248,7 @@ class Search:
                 "more with ncv, or raise the threshold"
             )
             return False
-        self.pairs = self.krylov.restart(self.pairs, kept)
+        self.pairs = self._restarted(kept)
         return True
 
     def _kept(self, values: np.ndarray) -> np.ndarray | None:
@@ -303,7 +322,7 @@ class Search:
         krylov = self.krylov
         assert self.pairs is not None
         edges = self.target.edges(self._chosen_values(self.pairs))
-        self.pairs = known = krylov.restart_fresh(self.pairs, self._known(self.pairs))
+        self.pairs = known = self._restarted(self._known(self.pairs), fresh=True)
         bounded = False
         most = _MOST_STEPS
         if self.target.above is not None:

@@ -22,6 +22,7 @@ from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.moments import KnownPart, Moments, Nothing, Samples
 from spectra.algorithms.probes import MIN_PROBES, Run, gaussian, remove
 from spectra.errors import ArgumentError
+from spectra.objective.places import Place
 from spectra.objective.vectors import VectorSpace
 
 __all__ = ["KrylovPart", "by_hutch_pp", "by_krylov", "by_xtrace"]
@@ -57,7 +58,7 @@ class KrylovPart:
     def diagonal(self) -> Tensor:
         """The diagonal of M (n,)."""
         total = self._space.zeros()
-        add_diagonal(total, self._rows, self._core)
+        add_diagonal(self._space, total, self._rows, self._core)
         return total
 
 
@@ -74,7 +75,7 @@ def by_krylov(run: Run) -> tuple[Moments, str]:
     """
     if run.small:
         return run.exactly(), "n unit vectors"
-    probes = [run.probe() for _ in range(run.least)]
+    probes = _first_probes(run)
     samples = _sampled(run, probes, Nothing())
     krylov = _grow(run, probes, run.stop.probes_to_come(_moments(run, samples)))
     known: KnownPart = Nothing()
@@ -89,7 +90,15 @@ def by_krylov(run: Run) -> tuple[Moments, str]:
     return moments, "n unit vectors" if moments.exact else label
 
 
-def _grow(run: Run, probes: list[tuple[Tensor, Tensor]], come: float) -> Krylov | None:
+def _first_probes(run: Run) -> list[Tensor]:
+    """As many as an error takes, each with its product (2, n), where there is room for them all."""
+    probes = list(run.space.basis(2 * run.least).unflatten(0, (-1, 2)))
+    for rows in probes:
+        rows[0], rows[1] = run.probe()
+    return probes
+
+
+def _grow(run: Run, probes: list[Tensor], come: float) -> Krylov | None:
     """A basis for which no more is spent than on the probes that it leaves to come.
 
     At most half of the budget, and half of what the tolerance takes without it. A basis that does
@@ -97,12 +106,14 @@ def _grow(run: Run, probes: list[tuple[Tensor, Tensor]], come: float) -> Krylov 
     copy of a multiple eigenvalue takes many steps to appear. Where n products are cheaper than the
     probes to come, it may grow to the whole space.
     """
-    n, room = run.space.n, run.space.affordable() - 2 * len(probes)
-    whole = come > n <= min(run.left, room, _COMPLETE)
-    capacity = n if whole else int(min(come / 2, run.left // 2, room))
+    n, space = run.space.n, run.space
+    whole = come > n <= min(run.left, _COMPLETE)
+    wanted = n if whole else int(min(come / 2, run.left // 2))
+    place, capacity = space.place(wanted, wanted // 2, spare=2 * len(probes))
     if capacity < _MIN_BASIS:
         return None
-    krylov = Krylov(run.operator, capacity, run.generator)
+    krylov = Krylov(run.operator, capacity, run.generator, place=place)
+    run.basis = space.describe_basis(krylov.rows)
     run.noise.forget()
     krylov.noise = run.noise
     check, paid, before = _MIN_BASIS, 0, come
@@ -113,7 +124,7 @@ def _grow(run: Run, probes: list[tuple[Tensor, Tensor]], come: float) -> Krylov 
         if krylov.size < check and not krylov.exhausted:
             continue
         check = krylov.size + max(2, krylov.size // 8)
-        samples = _sampled(run, probes, KrylovPart(run.space, krylov))
+        samples = _sampled(run, probes, KrylovPart(space, krylov))
         come = run.stop.probes_to_come(_moments(run, samples))
         if come <= krylov.size:
             break
@@ -140,8 +151,11 @@ def by_hutch_pp(run: Run) -> tuple[Moments, str]:
         return run.exactly(), "n unit vectors"
     n, budget = run.space.n, run.stop.max_matvecs
     # Two probes at least, or nothing would tell the error.
-    capacity = min(budget // 3, (budget - 2) // 2, n, run.space.affordable() // 4)
-    basis = _Range(run, capacity)
+    wanted = min(budget // 3, (budget - 2) // 2, n)
+    # As much again for what is made of the basis, and twice for the probes.
+    place, fitting = run.space.place(4 * wanted, 2 * wanted)
+    capacity = fitting // 4
+    basis = _Range(run, capacity, place)
     block = min(MIN_PROBES, capacity)
     while True:
         if not basis.grow(block):
@@ -168,11 +182,13 @@ class _Range:
     kept there: when Q grows by q, H(I − qqᵀ)z = Hz − (Hq) qᵀz takes no product beyond Hq.
     """
 
-    def __init__(self, run: Run, capacity: int) -> None:
+    def __init__(self, run: Run, capacity: int, place: Place | None = None) -> None:
         self._run = run
         self._space = run.space
-        self._rows = run.space.empty(capacity)
-        self._probes: list[tuple[Tensor, Tensor]] = []
+        self._place = place
+        self._rows = run.space.basis(capacity, place)
+        self._probes: list[Tensor] = []
+        run.basis = run.space.describe_basis(self._rows)
         self.size = 0
         self.trace = 0.0
         self.square = 0.0
@@ -185,7 +201,7 @@ class _Range:
     def grow(self, count: int) -> bool:
         """More basis vectors, two products each: False if Q holds the whole range without them."""
         run, space, first = self._run, self._space, self.size
-        images = space.empty(count)
+        images = space.basis(count, self._place)
         for image in images:
             # Gaussian: its product lies in the span of Q only if all products do.
             _, rest = _outside(run, self.rows, run.apply(gaussian(space, run.generator)))
@@ -193,18 +209,23 @@ class _Range:
                 return False
             self._rows[self.size] = rest
             self.size += 1
-            image[:] = run.apply(rest)
-            column = space.project(self.rows, image).cpu().numpy()
+            product = run.apply(rest)
+            column = space.project(self.rows, product).cpu().numpy()
             inside = 2 * float((column**2).sum()) - float(column[-1]) ** 2
             self.trace += float(column[-1])
-            self.square += 2 * space.norm(image) ** 2 - inside
+            self.square += 2 * space.norm(product) ** 2 - inside
+            image.copy_(product)
         for image in images:
-            remove(space, image, self.rows)
+            product = space.local(image)
+            remove(space, product, self.rows)
+            image.copy_(product)
         fresh = self.rows[first:]
-        for vector, product in self._probes:
+        for kept in self._probes:
+            vector, product = map(space.local, kept)
             space.subtract(product, images, space.project(fresh, vector))
-            for each in (vector, product):
+            for row, each in zip(kept, (vector, product), strict=True):
                 remove(space, each, fresh)
+                row.copy_(each)
         return True
 
     def probe(self, count: int) -> None:
@@ -212,7 +233,9 @@ class _Range:
         for _ in range(count):
             vector, product = self._run.probe(self.rows)
             self.take_from(vector, product)
-            self._probes.append((vector, product))
+            kept = self._space.basis(2, self._place)
+            kept[0], kept[1] = vector, product
+            self._probes.append(kept)
 
     def take_from(self, vector: Tensor, product: Tensor) -> None:
         """Take Q out of the product with a `vector` in its complement, in place."""
@@ -221,7 +244,8 @@ class _Range:
     def samples(self) -> Samples:
         """What the probes kept so far say, at the length of those drawn anew."""
         samples = Samples(self._space)
-        for vector, product in self._probes:
+        for kept in self._probes:
+            vector, product = map(self._space.local, kept)
             scale = math.sqrt(self._space.n - self.size) / self._space.norm(vector)
             samples.add(self, vector * scale, product * scale)
         return samples
@@ -246,7 +270,9 @@ def by_xtrace(run: Run) -> tuple[Moments, str]:
     if run.small:
         return run.exactly(), "n unit vectors"
     n = run.space.n
-    sketch = _Sketch(run, min(run.stop.max_matvecs // 2, n, run.space.affordable() // 2))
+    wanted = min(run.stop.max_matvecs // 2, n)
+    place, fitting = run.space.place(2 * wanted, wanted)
+    sketch = _Sketch(run, fitting // 2, place)
     check = _MIN_SKETCH
     while True:
         grown = sketch.grow()
@@ -271,10 +297,11 @@ class _Sketch:
     Nothing of HQ is kept but QᵀHQ: what else XTrace needs, ΩᵀHQ, is Rᵀ for a symmetric H.
     """
 
-    def __init__(self, run: Run, capacity: int) -> None:
+    def __init__(self, run: Run, capacity: int, place: Place | None = None) -> None:
         self._run = run
-        self._vectors = run.space.empty(capacity)
-        self._basis = run.space.empty(capacity)
+        self._vectors = run.space.basis(capacity, place)
+        self._basis = run.space.basis(capacity, place)
+        run.basis = run.space.describe_basis(self._basis)
         self._triangle = np.zeros((capacity, capacity))
         self._core = np.zeros((capacity, capacity))
         self._overlaps = np.zeros((capacity, capacity))
@@ -300,10 +327,10 @@ class _Sketch:
         self._vectors[k], self._basis[k] = vector, rest
         vectors, basis = self._vectors[: k + 1], self._basis[: k + 1]
         self._triangle[: k + 1, k] = coefficients
-        column = run.space.project(basis, run.apply(basis[k])).cpu().numpy()
+        column = run.space.project(basis, run.apply(rest)).cpu().numpy()
         self._core[: k + 1, k] = self._core[k, : k + 1] = column
         self._overlaps[: k + 1, k] = run.space.project(basis, vector).cpu().numpy()
-        self._overlaps[k, : k + 1] = run.space.project(vectors, basis[k]).cpu().numpy()
+        self._overlaps[k, : k + 1] = run.space.project(vectors, rest).cpu().numpy()
         self.size = k + 1
         return True
 
@@ -351,11 +378,11 @@ def _outside(run: Run, rows: Tensor, product: Tensor) -> tuple[np.ndarray, Tenso
     return coefficients, product.div_(rest)
 
 
-def _sampled(run: Run, probes: list[tuple[Tensor, Tensor]], known: KnownPart) -> Samples:
+def _sampled(run: Run, probes: list[Tensor], known: KnownPart) -> Samples:
     """The samples of probes kept with their products, with another part taken out."""
     samples = Samples(run.space)
     for vector, product in probes:
-        samples.add(known, vector, product.clone())
+        samples.add(known, run.space.local(vector), run.space.local(product).clone())
     return samples
 
 

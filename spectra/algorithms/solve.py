@@ -361,7 +361,7 @@ class _Minres:
         self._lowest = 0.0
         self._z, self._y, self._phi = self._normalised(residual.clone())
         self._z_before = space.zeros()
-        self._held, self._num_held = space.empty(ncv), 0
+        self._held, self._num_held = space.basis(ncv), 0
         self._directions = (space.zeros(), space.zeros())
         self._beta, self._cosine, self._sine = 0.0, -1.0, 0.0
         self._delta, self._epsilon = 0.0, 0.0
@@ -590,7 +590,8 @@ class _Refinement:
         place = int(np.argmin(preconditioner.values))
         value = float(preconditioner.values[place])
         if value < -10 * self._space.eps * self._shifted.norm:
-            self.curvature, self.direction = value, preconditioner.basis[place].clone()
+            self.curvature = value
+            self.direction = self._space.local(preconditioner.basis[place]).clone()
 
     def _say_that_the_budget_ended(self, outcome: _Outcome) -> None:
         nearest = ""

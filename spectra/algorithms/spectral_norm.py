@@ -19,6 +19,8 @@ from spectra.operators.base import SymmetricOperator
 __all__ = ["lanczos", "power_iteration"]
 
 _CONFIDENCE = 0.99
+# A basis of so many vectors in memory is preferred to a larger one on disk.
+_ENOUGH = 50
 
 
 def power_iteration(
@@ -106,8 +108,10 @@ def lanczos(
     every step costs no confidence.
     """
     space = operator.space
-    capacity = max(2, min(max_matvecs, space.affordable()))
-    krylov = Krylov(operator, capacity, probes.seeded(seed))
+    place, fitting = space.place(max_matvecs, _ENOUGH)
+    capacity = max(2, fitting)
+    krylov = Krylov(operator, capacity, probes.seeded(seed), place=place)
+    provenance = {**provenance, "basis": space.describe_basis(krylov.rows)}
     betas: list[float] = []
     # Half of the risk for either end.
     confidence = (1 + _CONFIDENCE) / 2

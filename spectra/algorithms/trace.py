@@ -108,7 +108,7 @@ def trace(
         msg = f"method={method!r} does not deflate; leave deflate out, or use method='auto'"
         raise ArgumentError(msg)
     deflation = None if deflate is None else probes.Deflation(operator, deflate)
-    how = None
+    how = basis = None
     if deflation is not None or method == "hutchinson":
         moments = probes.sample_moments(
             operator,
@@ -125,11 +125,14 @@ def trace(
         stop = Stop("trace", rtol, atol, confidence, max_matvecs)
         estimator = {"auto": by_krylov, "hutch++": by_hutch_pp, "xtrace": by_xtrace}[method]
         with progress_bar("trace", max_matvecs, progress) as bar:
-            moments, how = estimator(probes.Run(operator, stop, seed, bar))
+            run = probes.Run(operator, stop, seed, bar)
+            moments, how = estimator(run)
+            basis = run.basis
     options = {"rtol": rtol, "atol": atol, "confidence": confidence, "method": method}
     provenance = {
         "operator": operator.describe(),
         "options": {**options, "max_matvecs": max_matvecs},
+        "basis": basis,
         "seed": seed,
         "versions": versions(),
     }

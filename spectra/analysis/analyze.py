@@ -14,7 +14,7 @@ import numpy as np
 from spectra.algorithms import probes as random_probes
 from spectra.algorithms.blocks import BlockTraces, By
 from spectra.algorithms.density import SpectralDensity, check_counts, spectral_density
-from spectra.algorithms.eigen import Eigenpairs, Which, check_eigsh_arguments, eigsh
+from spectra.algorithms.eigen import Basis, Eigenpairs, Which, check_eigsh_arguments, eigsh
 from spectra.algorithms.estimate import Estimate
 from spectra.algorithms.functions import (
     effective_rank,
@@ -177,6 +177,7 @@ def analyze(
     density: bool = True,
     budget: Budget = None,
     ncv: int | None = None,
+    basis: Basis = "auto",
     max_matvecs: int = 200,
     seed: int = 0,
     progress: bool | None = None,
@@ -193,7 +194,7 @@ def analyze(
     ----------
     H
         An operator, a torch or NumPy matrix, a SciPy sparse matrix or LinearOperator.
-    k, which, tol, ncv
+    k, which, tol, ncv, basis
         As for `eigsh`.
     rtol
         Of trace and Frobenius norm, as for `trace`.
@@ -249,7 +250,15 @@ def analyze(
     }
     check_eigsh_arguments(operator.space.n, k, which, None, tol)
     pairs, value, gradient_norm = _eigenpairs(
-        ledger, operator, k, which=which, tol=tol, ncv=ncv, seed=seed, progress=progress
+        ledger,
+        operator,
+        k,
+        which=which,
+        tol=tol,
+        ncv=ncv,
+        basis=basis,
+        seed=seed,
+        progress=progress,
     )
     # By now the number of batches is known, too.
     provenance["operator"] = operator.describe()

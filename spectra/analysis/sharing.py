@@ -114,10 +114,11 @@ class Shared:
         samples = Samples(space)
         for i, run in enumerate(runs[1:], start=1):
             length = math.sqrt(density.remaining)
-            vector = length * run.basis[0]
+            first, second = map(space.local, run.basis[:2])
+            vector = length * first
             # The first column of H V = V T, in the complement of the pairs.
-            product = run.basis[0] * (length * run.projection[0, 0])
-            product.add_(run.basis[1], alpha=length * run.projection[1, 0])
+            product = first * (length * run.projection[0, 0])
+            product.add_(second, alpha=length * run.projection[1, 0])
             outside = inner_by_parameter(space, vector, product)
             samples.add(part, vector, product)
             if has_modules(space):

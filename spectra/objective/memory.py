@@ -31,8 +31,15 @@ def free_bytes(device: torch.device) -> int:
     # In a container the machine's memory is not what the process may use.
     limit, used = _lines(_CGROUP / "memory.max"), _lines(_CGROUP / "memory.current")
     if limit and used and limit[0].isdecimal():
-        free = min(free, max(0, int(limit[0]) - int(used[0])))
+        taken = int(used[0]) - _cached_files()
+        free = min(free, max(0, int(limit[0]) - taken))
     return free
+
+
+def _cached_files() -> int:
+    """What of the container's memory holds pages of files, which give way to anything else."""
+    counts = dict(line.split() for line in _lines(_CGROUP / "memory.stat"))
+    return int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
 
 
 def held_bytes(device: torch.device) -> int:

@@ -10,11 +10,16 @@ thousands of small ones: on the CPU entries that stand out are taken apart, in f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spectra.errors import StorageError
+from spectra.objective import places
 from spectra.objective.memory import free_bytes
+from spectra.objective.places import Place
 
 __all__ = ["VectorSpace", "dot"]
 
@@ -23,6 +28,8 @@ __all__ = ["VectorSpace", "dot"]
 # accelerator sums in many threads at once, and a loop over small blocks would keep it waiting.
 _BLOCK = 1 << 16
 _BLOCK_ON_ACCELERATOR = 1 << 22
+# Most entries of a block that is copied to an accelerator: a quarter of a gigabyte.
+_COPIED = 1 << 26
 # In root mean squares of the block; a block of random numbers has no such entry.
 _LARGE = 6.0
 
@@ -31,7 +38,9 @@ class VectorSpace:
     """Real vectors of length `n`, flat, on one device.
 
     A basis of `m` vectors is stored as the rows of an (m, n) tensor: rows are contiguous, so both
-    the projection and the combination are one matrix-vector product.
+    the projection and the combination are matrix-vector products, block by block. The rows may be
+    elsewhere than the vectors: in the host's memory, or in a file that is mapped into it. Blocks
+    are then fetched one at a time, and the arithmetic is the same.
     """
 
     def __init__(
@@ -46,9 +55,72 @@ class VectorSpace:
         """Machine epsilon of the vectors."""
         return torch.finfo(self.dtype).eps
 
-    def affordable(self) -> int:
-        """How many vectors fit into half of the memory that is free now."""
-        return free_bytes(self.device) // 2 // max(1, self.n * torch.finfo(self.dtype).bits // 8)
+    @property
+    def vector_bytes(self) -> int:
+        """What one vector takes."""
+        return self.n * torch.finfo(self.dtype).bits // 8
+
+    def affordable(self, place: Place = "device") -> int:
+        """How many vectors fit into half of what is free now, of memory or of the disk."""
+        if place == "disk":
+            free = places.free_disk_bytes()
+        else:
+            free = free_bytes(self.device if place == "device" else torch.device("cpu"))
+        return free // 2 // max(1, self.vector_bytes)
+
+    def place(
+        self, wanted: int, least: int | None = None, *, spare: int = 3, room: int | None = None
+    ) -> tuple[Place, int]:
+        """Where a basis is best held, and how many vectors of it.
+
+        On the device if it fits; else in the host's memory, if that is another one and it fits
+        there; else a shorter one on the device; else on disk.
+
+        Parameters
+        ----------
+        wanted, least
+            Vectors, and how few of them are still of use; by default no fewer. Where nothing has
+            room for those either, what has the most is returned.
+        spare
+            Vectors of memory that the computation takes beside the basis.
+        room
+            Vectors that the device may hold, `spare` included; by default what is affordable.
+        """
+        least = wanted if least is None else min(least, wanted)
+        fitting = (self.affordable() if room is None else room) - spare
+        if wanted <= fitting:
+            return "device", wanted
+        if self.device.type != "cpu" and wanted <= self.affordable("host"):
+            return "host", wanted
+        if least <= fitting:
+            return "device", fitting
+        disk = self.affordable("disk")
+        if disk < least and disk < fitting:
+            return "device", fitting
+        return "disk", min(wanted, disk)
+
+    def place_for(self, count: int, *, spare: int = 3) -> Place:
+        """Where a basis of just so many vectors is held, though it may fit nowhere."""
+        place, fitting = self.place(count, spare=spare)
+        if fitting >= count:
+            return place
+        # In all of the free memory, if that is enough; else the disk's error says what is missing.
+        return "device" if count + spare <= 2 * self.affordable() else "disk"
+
+    def place_of(self, basis: Tensor) -> Place:
+        """Where a basis is."""
+        if places.is_on_disk(basis):
+            return "disk"
+        return "host" if _elsewhere(basis, self.device) else "device"
+
+    def describe_basis(self, basis: Tensor) -> dict[str, Any]:
+        """How large a basis is and where, for the provenance of results."""
+        count = len(basis)
+        return {
+            "vectors": count,
+            "bytes": count * self.vector_bytes,
+            "place": self.place_of(basis),
+        }
 
     def zeros(self, *count: int) -> Tensor:
         """The zero vector (n,), or `count` of them as rows."""
@@ -57,6 +129,54 @@ class VectorSpace:
     def empty(self, *count: int) -> Tensor:
         """Uninitialised memory for one vector, or for `count` rows."""
         return torch.empty(*count, self.n, dtype=self.dtype, device=self.device)
+
+    def basis(self, count: int, place: Place | None = None) -> Tensor:
+        """Memory for `count` rows at a place, by default where they fit.
+
+        Raises
+        ------
+        StorageError
+            The disk has no room for them.
+        """
+        place = place or self.place_for(count)
+        if place == "disk":
+            return places.rows_on_disk(count, self.n, self.dtype)
+        if place == "host" and self.device.type != "cpu":
+            # Pinned: only from there does the device fetch at full speed.
+            pinned = self.device.type == "cuda"
+            return torch.empty(count, self.n, dtype=self.dtype, pin_memory=pinned)
+        return self.empty(count)
+
+    def local(self, row: Tensor) -> Tensor:
+        """A row of a basis where the vectors are; itself, if it is there."""
+        return row.to(self.device) if _elsewhere(row, self.device) else row
+
+    def held(self, rows: Tensor) -> Tensor:
+        """Rows of any kind as a basis: themselves if they are one, or a copy where it fits best."""
+        if rows.dtype == self.dtype and rows.is_contiguous():
+            # What is on the host stays there where the device has no room.
+            if not _elsewhere(rows, self.device) or self.place(len(rows))[0] != "device":
+                return rows
+        basis = self.basis(len(rows))
+        for start in range(0, self.n, self._width):
+            columns = slice(start, start + self._width)
+            basis[:, columns].copy_(rows[:, columns])
+        return basis
+
+    def reordered(self, basis: Tensor, order: Tensor) -> Tensor:
+        """The first rows of a basis by themselves, in the given order.
+
+        The basis is used up: the memory of its other rows is given back before the copy is made.
+        """
+        count = len(order)
+        places.give_back(basis[count:])
+        try:
+            rows = self.basis(count, self.place_of(basis))
+        except StorageError:
+            # Others filled the disk. Better a file that is too large than a result lost.
+            self.rotate(basis, torch.eye(count, dtype=torch.float64)[:, order])
+            return basis[:count]
+        return torch.index_select(basis[:count], 0, order.to(basis.device), out=rows)
 
     def inner(self, x: Tensor, y: Tensor) -> float:
         """Inner product of two vectors, multiplied and accumulated in float64."""
@@ -72,26 +192,37 @@ class VectorSpace:
 
     def project(self, basis: Tensor, x: Tensor) -> Tensor:
         """Inner products (m,) float64 of the rows of `basis` (m, n) with `x` (n,)."""
-        if x.dtype == torch.float64:
-            return torch.mv(basis, x)
-        on_cpu = x.device.type == "cpu"
-        block = _BLOCK if on_cpu else _BLOCK_ON_ACCELERATOR
+        exact, on_cpu = x.dtype == torch.float64, x.device.type == "cpu"
         total = torch.zeros(basis.shape[0], dtype=torch.float64, device=x.device)
-        for start in range(0, self.n, block):
-            rows, part = basis[:, start : start + block], x[start : start + block]
-            if on_cpu and (large := _large_entries(part)) is not None:
+        for columns, rows in self.blocks(basis):
+            part = x[columns]
+            if on_cpu and not exact and (large := _large_entries(part)) is not None:
                 total += rows[:, large].double() @ part[large].double()
                 part = part.index_fill(0, large, 0.0)
             total += torch.mv(rows, part)
         return total
 
+    def gram(self, basis: Tensor) -> Tensor:
+        """Inner products (m, m) float64 of the rows of `basis` with one another."""
+        total = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=self.device)
+        for _, rows in self.blocks(basis):
+            exact = rows.double()
+            total.addmm_(exact, exact.T)
+        return total
+
     def combine(self, basis: Tensor, coefficients: Tensor) -> Tensor:
         """Linear combination (n,) of the rows of `basis` (m, n) with `coefficients` (m,)."""
-        return torch.mv(basis.T, coefficients.to(basis))
+        vector = self.empty()
+        coefficients = coefficients.to(vector)
+        for columns, rows in self.blocks(basis):
+            torch.mv(rows.T, coefficients, out=vector[columns])
+        return vector
 
     def subtract(self, x: Tensor, basis: Tensor, coefficients: Tensor) -> None:
         """Take the linear combination of the rows of `basis` away from `x`, in place."""
-        x.addmv_(basis.T, coefficients.to(basis), alpha=-1.0)
+        coefficients = coefficients.to(x)
+        for columns, rows in self.blocks(basis):
+            x[columns].addmv_(rows.T, coefficients, alpha=-1.0)
 
     def rotate(self, basis: Tensor, rotation: Tensor) -> None:
         """Replace the first p rows of `basis` (m, n) by `rotation` (m, p) applied to its rows.
@@ -99,11 +230,50 @@ class VectorSpace:
         In place, tile by tile, so that no second basis is ever held.
         """
         m, p = rotation.shape
-        matrix = rotation.T.to(basis)
+        matrix = rotation.T.to(device=self.device, dtype=self.dtype)
         tile = max(_BLOCK, (1 << 22) // max(m, 1))
-        for start in range(0, self.n, tile):
-            columns = slice(start, start + tile)
-            basis[:p, columns] = matrix @ basis[:m, columns]
+        for columns, rows in self.blocks(basis[:m], tile):
+            _copy(basis[:p, columns], matrix @ rows)
+
+    def blocks(self, basis: Tensor, width: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """The columns of a basis where the vectors are, block by block, with their places.
+
+        To be read only: they may be copies.
+        """
+        elsewhere, on_disk = _elsewhere(basis, self.device), places.is_on_disk(basis)
+        width = width or self._width
+        if elsewhere:
+            width = min(width, max(_BLOCK, _COPIED // max(len(basis), 1)))
+        if on_disk:
+            places.read_ahead(basis[:, :width])
+        for start in range(0, self.n, width):
+            columns = slice(start, start + width)
+            rows = basis[:, columns]
+            if on_disk and start + width < self.n:
+                places.read_ahead(basis[:, start + width : start + 2 * width])
+            if elsewhere:
+                rows = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
+                _copy(rows, basis[:, columns])
+            yield columns, rows
+
+    @property
+    def _width(self) -> int:
+        return _BLOCK if self.device.type == "cpu" else _BLOCK_ON_ACCELERATOR
+
+
+def _elsewhere(rows: Tensor, device: torch.device) -> bool:
+    """Whether rows have to be copied to where the vectors are."""
+    return rows.device.type != device.type
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """Copy a block of columns, between devices row by row: each is one piece of memory."""
+    if not _elsewhere(source, target.device):
+        target.copy_(source)
+        return
+    for mine, row in zip(target, source, strict=True):
+        # Queued, but for those that go to the host: they are read without asking the device.
+        mine.copy_(row, non_blocking=target.device.type != "cpu")
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:

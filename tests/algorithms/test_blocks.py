@@ -105,6 +105,6 @@ def test_the_diagonal_of_a_part_is_added_to_what_is_there():
     core = torch.randn(4, 4, generator=generator, dtype=torch.float64)
     core = core + core.T
     total = torch.arange(30, dtype=torch.float64)
-    add_diagonal(total, rows, core)
+    add_diagonal(VectorSpace(len(total), total.dtype), total, rows, core)
     expected = torch.arange(30) + (rows.T @ core @ rows).diagonal()
     assert total.numpy() == pytest.approx(expected.numpy())

@@ -1,5 +1,10 @@
 """Eigenpairs: right, complete, and with residuals that tell the truth."""
 
+import os
+import subprocess
+import sys
+import tempfile
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -8,7 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spectra
+from spectra.algorithms import eigen
+from spectra.algorithms.lanczos import Krylov
+from spectra.algorithms.probes import Deflation
 from spectra.errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from spectra.objective import vectors
 from tests.cases.matrices import (
     WILKINSON_TOP,
     Diagonal,
@@ -209,6 +218,178 @@ def test_a_memory_budget_is_a_basis_size():
         spectra.eigsh(Diagonal(s1()), 5, memory_budget=4 * 2000 * 8)
     with pytest.raises(ArgumentError, match="give one of them"):
         spectra.eigsh(Diagonal(s1()), 5, memory_budget=10**6, ncv=20)
+
+
+# --- where the basis is -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["LM", "SA", "BE"])
+def test_a_basis_on_disk_gives_the_same_pairs_to_the_last_bit(which):
+    h = operator(Rotated(s1(3000), dtype=np.float32))
+    options = {"which": which, "ncv": 16, "max_matvecs": 400}
+    here, there = (spectra.eigsh(h, 5, **options, basis=place) for place in ("auto", "disk"))
+    assert np.array_equal(here.values, there.values)
+    assert np.array_equal(here.residuals, there.residuals)
+    assert np.array_equal(here.vectors, there.vectors)
+    assert here.provenance["basis"] == {"vectors": 17, "bytes": 17 * 12_000, "place": "device"}
+    assert there.provenance["basis"] == {"vectors": 17, "bytes": 17 * 12_000, "place": "disk"}
+    assert not any("basis" in note for note in here.notes)
+    assert any("held on disk: every step reads it twice" in note for note in there.notes)
+
+
+def test_eigenvectors_of_a_basis_on_disk_stay_there_and_are_deflated_from_there():
+    values = s1(2000)
+    h = operator(torch.diag(torch.from_numpy(values)))
+    pairs = spectra.eigsh(h, 4, basis="disk")
+    rows = pairs.vectors.T
+    assert h.space.place_of(rows) == "disk"
+    # Alone: the basis that they were found in is gone.
+    assert rows.untyped_storage().nbytes() == 4 * 2000 * 8
+    assert Deflation(h, pairs).basis.data_ptr() == rows.data_ptr()
+    assert spectra.trace(h, deflate=pairs, max_matvecs=20).interval()[0] < values.sum()
+
+
+def test_memory_decides_where_the_basis_is(monkeypatch):
+    h, size = operator(Diagonal(s1(2000), np.float32)), 2000 * 4
+    free = {"vectors": 0}
+    monkeypatch.setattr(vectors, "free_bytes", lambda _: 2 * size * free["vectors"])
+
+    def basis(vectors, **options):
+        free["vectors"] = vectors
+        pairs = spectra.eigsh(h, 10, **options)
+        assert pairs.converged.all()
+        assert pairs.values == pytest.approx(s1(2000)[:10], rel=1e-4)
+        held, note = pairs.provenance["basis"], " ".join(pairs.notes)
+        return held["place"], held["vectors"] - 1, note
+
+    assert basis(1000) == ("device", 300, "")
+    place, count, note = basis(23)
+    assert (place, count) == ("device", 20)
+    assert "memory had room for a basis of 20 vectors, 300 are usual" in note
+    place, count, note = basis(22)
+    assert (place, count) == ("disk", 300)
+    assert "301 vectors" in note
+    # What was asked for is held there.
+    assert basis(1000, ncv=25)[:2] == ("device", 25)
+    assert basis(20, ncv=25)[:2] == ("disk", 25)
+    assert basis(20, ncv=25, basis="device") == ("device", 25, "")
+    assert basis(1000, memory_budget=40 * size)[:2] == ("device", 37)
+    assert basis(1000, memory_budget=22 * size)[:2] == ("disk", 300)
+    assert basis(1000, memory_budget=22 * size, basis="device")[:2] == ("device", 19)
+    assert basis(1000, memory_budget=8 * size)[:2] == ("disk", 300)
+    with pytest.raises(ArgumentError, match=r"least 120,000, or 64,000 with their basis on disk"):
+        basis(1000, memory_budget=7 * size)
+
+
+def test_what_was_found_survives_on_disk():
+    with pytest.raises(NonFiniteError) as caught:
+        spectra.eigsh(operator(Poisoned(s1(200), 20)), 5, basis="disk")
+    with pytest.raises(NonFiniteError) as also:
+        spectra.eigsh(operator(Poisoned(s1(200), 20)), 5)
+    assert np.array_equal(caught.value.partial.vectors, also.value.partial.vectors)
+
+
+class Interrupted(Krylov):
+    """A run that Ctrl-C ends in the midst of a restart."""
+
+    def _shrink(self, pairs, keep):
+        super()._shrink(pairs, keep)
+        raise KeyboardInterrupt
+
+
+def test_half_a_restart_does_not_pass_for_pairs(monkeypatch):
+    monkeypatch.setattr(eigen, "Krylov", Interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        spectra.eigsh(Rotated(s2(300)), 5, ncv=8, tol=1e-8)
+    assert not hasattr(caught.value, "partial")
+
+
+MEMORY = """
+import hashlib, sys, threading, time
+from pathlib import Path
+
+import numpy as np, torch
+import spectra
+from spectra.objective import memory
+from spectra.objective.vectors import VectorSpace
+from spectra.operators.base import SymmetricOperator
+
+n, container = int(sys.argv[1]), Path(sys.argv[2])
+
+
+class Diagonal(SymmetricOperator):
+    def __init__(self):
+        bulk = torch.linspace(-0.3, 0.3, n - 12)
+        self.values = torch.cat([torch.logspace(0, 2, 12), bulk])
+        super().__init__(VectorSpace(n, torch.float32))
+
+    def _products(self, rows):
+        return rows * self.values
+
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def watch():
+    global peak
+    while watching:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+
+def answers(basis):
+    pairs = spectra.eigsh(H, 10, basis=basis, progress=False)
+    yield pairs, pairs.values, pairs.residuals, pairs.vectors.T.numpy()
+    density = spectra.spectral_density(H, steps=10, probes=2, deflate=pairs, progress=False)
+    yield density, density.nodes, density.weights
+    trace = spectra.trace(H, deflate=pairs, max_matvecs=6, progress=False)
+    yield trace, trace.samples
+
+
+def digest(found):
+    places = [str((result.provenance["basis"] or {}).get("place")) for result, *_ in found]
+    arrays = [np.ascontiguousarray(array) for _, *arrays in found for array in arrays]
+    return *places, hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+
+
+H = Diagonal()
+spectra.eigsh(np.eye(100), 3)
+# A container with room for 16 vectors: not for a basis.
+(container / "memory.max").write_text(str(16 * 4 * n))
+(container / "memory.current").write_text("0")
+memory._CGROUP = container
+peak, watching = anonymous(), True
+before, thread = peak, threading.Thread(target=watch)
+thread.start()
+found = list(answers("auto"))
+watching = False
+thread.join()
+print(*digest(found), (peak - before) / (4 * n))
+memory._CGROUP = container / "none"
+del found
+print(*digest(list(answers("auto"))))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others do not tell it in /proc")
+@pytest.mark.parametrize("n", [2_000_000, pytest.param(5_000_000, marks=pytest.mark.slow)])
+def test_a_basis_on_disk_leaves_memory_for_a_few_vectors(n, tmp_path):
+    # Or the C library keeps freed vectors, which look like held ones.
+    environment = {"MALLOC_MMAP_THRESHOLD_": "1000000", "TMPDIR": tempfile.gettempdir()}
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(n), str(tmp_path)],
+        capture_output=True,
+        check=True,
+        text=True,
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+    )
+    on_disk, in_memory = (line.split() for line in done.stdout.splitlines())
+    assert on_disk[:3] == ["disk", "disk", "None"]
+    assert in_memory[:3] == ["device", "device", "None"]
+    assert on_disk[3] == in_memory[3]
+    assert float(on_disk[4]) < 8
 
 
 # --- kinds of input ---------------------------------------------------------------------------
@@ -858,6 +1039,7 @@ def test_single_precision_is_right_at_two_million_entries():
         ({"tol": "tight"}, ArgumentError, r"tol='tight'; expected a positive"),
         ({"ncv": 3}, ArgumentError, r"ncv=3 is too small for k=2; expected at least k \+ 2"),
         ({"ncv": 4.5}, ArgumentTypeError, r"ncv=4.5; expected an integer"),
+        ({"basis": "ram"}, ArgumentError, r"basis='ram'; expected one of 'auto', 'device', 'host'"),
         ({"seed": -1}, ArgumentError, r"seed=-1; expected an integer >= 0"),
         ({"seed": 0.5}, ArgumentError, r"seed=0.5; expected an integer >= 0"),
         ({"above": -0.5}, ArgumentError, r"above=-0.5 with which='LM'; .*distance from zero"),

@@ -275,3 +275,36 @@ def test_the_same_seed_gives_the_same_basis_to_the_last_bit():
     first, second = (krylov_of(dense(s1(80)), 20) for _ in range(2))
     assert torch.equal(first.basis, second.basis)
     assert np.array_equal(first.projection, second.projection)
+
+
+# --- a basis on disk --------------------------------------------------------------------------
+
+
+def test_a_basis_on_disk_is_that_in_memory_to_the_last_bit():
+    h, runs = operator(Diagonal(s1(70_001), np.float32)), []
+    for place in ("device", "disk"):
+        krylov = Krylov(h, 9, seeded(0), place=place)
+        while not krylov.full:
+            krylov.step()
+        krylov.restart(krylov.ritz(), np.arange(4, 9))
+        krylov.step()
+        krylov.restart_fresh(krylov.ritz(), np.arange(2, 6))
+        for _ in range(3):
+            krylov.step()
+        assert krylov.space.place_of(krylov.rows) == place
+        runs.append(krylov)
+    assert torch.equal(runs[0].basis, runs[1].basis)
+    assert np.array_equal(runs[0].projection, runs[1].projection)
+
+
+def test_a_longer_copy_goes_on_from_a_basis_on_disk():
+    h = operator(Diagonal(s2(500)))
+    whole, part = Krylov(h, 12, seeded(0)), Krylov(h, 5, seeded(0), place="disk")
+    while not part.full:
+        part.step()
+    extended = part.extended(h, 12)
+    for krylov in (whole, extended):
+        while not krylov.full:
+            krylov.step()
+    assert torch.equal(whole.basis, extended.basis)
+    assert extended.space.place_of(extended.rows) == "device"

@@ -9,6 +9,7 @@ import torch
 
 import spectra
 from spectra.errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from spectra.objective import vectors
 from spectra.objective.vectors import VectorSpace
 from tests.cases.matrices import (
     Noisy,
@@ -355,7 +356,8 @@ def test_a_basis_of_the_whole_space_is_exact():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_little_memory_costs_products_only(method, monkeypatch):
-    monkeypatch.setattr(VectorSpace, "affordable", lambda self: 48)
+    # Neither in memory nor on disk is there room for more.
+    monkeypatch.setattr(VectorSpace, "affordable", lambda self, place="device": 48)
     values = s1(400)
     estimate = spectra.trace(Rotated(values), method=method, rtol=1e-9, max_matvecs=120)
     low, high = estimate.interval(0.999)
@@ -576,3 +578,20 @@ def test_undeflated_and_deflated_at_once_is_refused(method):
         spectra.trace(h, method=method, deflate=spectra.eigsh(np.eye(50), 2))
     assert h.matvecs == 0
     assert spectra.trace(h, method=method).value == pytest.approx(50)
+
+
+# --- where the basis is -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["auto", "hutch++", "xtrace"])
+def test_a_basis_on_disk_gives_the_same_trace_to_the_last_bit(method, monkeypatch):
+    h = operator(Rotated(s1(2000), dtype=np.float32))
+    options = {"method": method, "rtol": 1e-9, "max_matvecs": 60}
+    here = spectra.trace(h, **options)
+    # Memory for half a basis: less than is of use.
+    monkeypatch.setattr(vectors, "free_bytes", lambda device: 2 * 8000 * 12)
+    there = spectra.trace(h, **options)
+    assert np.array_equal(here.samples, there.samples)
+    assert np.array_equal(here.variances, there.variances)
+    assert here.provenance["basis"]["place"] == "device"
+    assert there.provenance["basis"] == {**here.provenance["basis"], "place": "disk"}

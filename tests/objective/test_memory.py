@@ -43,6 +43,11 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     (tmp_path / "memory.current").write_text(f"{100 * MIB}\n")
     monkeypatch.setattr("spectra.objective.memory._CGROUP", tmp_path)
     assert free_bytes(CPU) == 200 * MIB
+    # A file that was read, or a basis that is mapped from one, gives way to what needs memory.
+    (tmp_path / "memory.stat").write_text(
+        f"anon {MIB}\ninactive_file {20 * MIB}\nactive_file {30 * MIB}\n"
+    )
+    assert free_bytes(CPU) == 250 * MIB
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(CPU) > 200 * MIB
 

@@ -1,10 +1,21 @@
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from spectra.errors import StorageError
+from spectra.objective import places, vectors
 from spectra.objective.vectors import VectorSpace
 
 LONG = 5_000_000
+linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="other systems do not tell it in /proc"
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +92,196 @@ def test_half_of_the_free_memory_is_affordable():
     # Memory comes and goes between the two calls.
     assert small.affordable() == pytest.approx(4 * large.affordable(), rel=0.2)
     assert VectorSpace(1 << 60, torch.float64).affordable() == 0
+
+
+# --- a basis elsewhere ------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["device", "disk", "copied"])
+def elsewhere(request, monkeypatch):
+    """Where a basis is held: beside the vectors, on disk, or where each block has to be copied."""
+    if request.param == "copied":
+        # As for an accelerator whose basis is in the host's memory.
+        monkeypatch.setattr(vectors, "_elsewhere", lambda rows, device: rows.dim() > 1)
+        return "host"
+    return request.param
+
+
+@pytest.fixture
+def directory(monkeypatch):
+    """Where the files of bases are made."""
+    # Not pytest's own, which may be in memory.
+    with tempfile.TemporaryDirectory() as directory:
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield Path(directory)
+
+
+def filled(space, place, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    basis = space.basis(count, place)
+    for row in basis:
+        row.copy_(torch.randn(space.n, generator=generator).to(space.dtype))
+        # Entries that stand out are taken apart, and must be so everywhere.
+        row[:3] = torch.tensor([1e3, -2e3, 5e2])
+    return basis
+
+
+# A whole number of blocks, less than one, and what aligns with nothing.
+@pytest.mark.parametrize("n", [1000, 1 << 17, 200_003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_basis_elsewhere_gives_the_same_numbers_to_the_last_bit(elsewhere, n, dtype):
+    space = VectorSpace(n, dtype)
+    here, there = space.empty(7), filled(space, elsewhere, 7)
+    here.copy_(there)
+    assert space.place_of(there) == elsewhere
+    x = torch.randn(n, generator=torch.Generator().manual_seed(1)).to(dtype)
+    coefficients = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(7, 4, dtype=torch.float64))[0]
+
+    def answers(basis):
+        rest = x.clone()
+        space.subtract(rest, basis, coefficients)
+        found = [space.project(basis, x), space.combine(basis, coefficients), rest]
+        found.append(space.gram(basis))
+        space.rotate(basis, rotation)
+        return [*found, basis.clone(), space.reordered(basis, torch.tensor([2, 0, 1]))]
+
+    elsewhere_found = answers(there)
+    with pytest.MonkeyPatch.context() as plain:
+        plain.setattr(vectors, "_elsewhere", lambda rows, device: False)
+        found = answers(here)
+    for one, other in zip(found, elsewhere_found, strict=True):
+        assert torch.equal(one, other)
+
+
+@linux
+def test_the_file_of_a_basis_goes_with_its_last_view(directory):
+    free, before = shutil.disk_usage(directory).free, mapped_files()
+    space = VectorSpace(2_000_000, torch.float64)
+    row = space.basis(10, "disk")[3]
+    # The blocks are taken before anything is written, and no name is left that could stay behind.
+    assert shutil.disk_usage(directory).free < free - 80e6
+    assert list(directory.iterdir()) == []
+    assert space.place_of(row) == "disk"
+    assert mapped_files() == before + 1
+    del row
+    assert mapped_files() == before
+    # Other processes write to the same disk.
+    assert shutil.disk_usage(directory).free > free - 80e6
+
+
+@linux
+def test_nothing_is_left_of_a_basis_after_an_exception(directory):
+    before = mapped_files()
+
+    def fail():
+        space = VectorSpace(100_000)
+        space.project(space.basis(3, "disk"), space.zeros(2))
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(directory.iterdir()) == []
+    assert mapped_files() == before
+
+
+def mapped_files():
+    """Mapped files without a name, as this process sees them."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sum("spectra-" in line and "(deleted)" in line for line in lines)
+
+
+def test_a_basis_that_the_disk_cannot_hold_is_refused_before_it_is_written(directory):
+    with pytest.raises(StorageError, match=r"3 vectors takes .* GiB on disk, .* GiB free; set TMP"):
+        VectorSpace(1 << 50).basis(3, "disk")
+    assert list(directory.iterdir()) == []
+
+
+@linux
+def test_a_file_beyond_the_processs_limit_is_refused_before_it_is_written(directory):
+    # A write to a mapped page without a block would end the process instead.
+    code = f"""
+import resource, tempfile
+tempfile.tempdir = {str(directory)!r}
+from spectra.objective.vectors import VectorSpace
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+try:
+    VectorSpace(1 << 20).basis(3, "disk")
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.startswith("StorageError a basis of 3 vectors takes 0.0234 GiB on disk")
+    assert list(directory.iterdir()) == []
+
+
+def test_a_directory_in_memory_is_no_disk(monkeypatch):
+    memory = Path("/dev/shm")
+    if not memory.is_dir():
+        pytest.skip("this system shows no file system in memory")
+    monkeypatch.setattr(tempfile, "tempdir", str(memory))
+    with pytest.raises(StorageError, match=r"in memory \(tmpfs\); set TMPDIR"):
+        VectorSpace(10).basis(3, "disk")
+    assert VectorSpace(10).affordable("disk") == 0
+
+
+def test_a_basis_is_held_where_it_fits(monkeypatch):
+    space = VectorSpace(1000, torch.float32)
+
+    def free(memory, disk, host=None):
+        def vectors_of(device):
+            return 2 * 4000 * (memory if host is None or device.type != "cpu" else host)
+
+        monkeypatch.setattr(vectors, "free_bytes", vectors_of)
+        monkeypatch.setattr(places, "free_disk_bytes", lambda: 2 * 4000 * disk)
+
+    free(memory=100, disk=1000)
+    assert space.place(97) == ("device", 97)
+    assert space.place(98) == ("disk", 98)
+    assert space.place(98, 50) == ("device", 97)
+    assert space.place(98, 50, spare=60) == ("disk", 98)
+    assert space.place(40, 20, room=30) == ("device", 27)
+    assert space.place(40, 30, room=30) == ("disk", 40)
+    free(memory=100, disk=150)
+    assert space.place(400, 120) == ("disk", 150)
+    # Without a disk, what there is; or more than half of the memory, where it has to be.
+    free(memory=100, disk=0)
+    assert space.place(150) == ("device", 97)
+    assert space.place_for(150) == "device"
+    assert space.place_for(250) == "disk"
+    assert space.place(40, 30, room=20) == ("device", 17)
+    # An accelerator: its host comes before a smaller basis.
+    space.device = torch.device("cuda")
+    free(memory=100, disk=1000, host=200)
+    assert space.place(97) == ("device", 97)
+    assert space.place(98, 50) == ("host", 98)
+    assert space.place(201, 50) == ("device", 97)
+    assert space.place(201, 98) == ("disk", 201)
+
+
+def test_rows_are_taken_over_without_a_copy_where_they_are_a_basis(generator):
+    space = VectorSpace(70_000, torch.float32)
+    rows = torch.randn(3, 70_000, generator=generator)
+    assert space.held(rows).data_ptr() == rows.data_ptr()
+    mapped = filled(space, "disk", 3)
+    assert space.place_of(space.held(mapped.T.T)) == "disk"
+    for other in (rows.double(), rows.T.contiguous().T):
+        basis = space.held(other)
+        assert torch.equal(basis, rows)
+        assert basis.is_contiguous()
+
+
+def test_the_rows_that_are_kept_of_a_basis_survive_a_full_disk(monkeypatch):
+    space = VectorSpace(300_000)
+    basis = filled(space, "disk", 6)
+    expected = basis[[1, 0]].clone()
+    assert torch.equal(space.reordered(basis, torch.tensor([1, 0])), expected)
+    # Where the disk has filled up in the meantime, in place: a long search is not lost.
+    basis = filled(space, "disk", 6)
+    monkeypatch.setattr(places, "_check_room", no_room)
+    kept = space.reordered(basis, torch.tensor([1, 0]))
+    assert torch.equal(kept, expected)
+    assert kept.data_ptr() == basis.data_ptr()
+
+
+def no_room(directory, size):
+    raise OSError(28, "No space left on device")

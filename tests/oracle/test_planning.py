@@ -76,7 +76,7 @@ def test_a_budget_decides_what_is_recomputed_and_split_and_is_kept():
     for budget, recomputes, splits in [
         (4000, False, False),
         (250, True, False),
-        (60, True, True),
+        (80, True, True),
     ]:
         peak, norm, described = run(PEAK.format(budget=budget << 20))
         chosen = described.get("recompute", {"blocks": 0})
