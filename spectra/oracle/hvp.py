@@ -21,7 +21,7 @@ from torch import Tensor
 from spectra.errors import ArgumentError, LossError
 from spectra.objective.objective import Objective, Part
 from spectra.oracle import diagnose
-from spectra.oracle.attention import differentiable_attention
+from spectra.oracle.attention import Attention
 from spectra.oracle.compiled import Compiler
 from spectra.oracle.graphs import GradientGraph, GraphPolicy, Graphs
 
@@ -62,11 +62,12 @@ class HvpOracle:
         self.memory_budget = memory_budget
         self.compiled = compile
         self._compiler = Compiler() if compile else None
+        self._attention = Attention(objective.model)
         self._checked = False
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L and its gradient, flat (n,): from kept graphs, or in a pass of ordinary gradients."""
-        with self.objective.evaluating(), differentiable_attention():
+        with self.objective.evaluating(), self._attention.differentiable():
             kept = self._graphs.all_kept()
             if kept is not None:
                 return self._summed(kept)
@@ -95,7 +96,7 @@ class HvpOracle:
     def value(self) -> float:
         """L alone, without any derivative."""
         value, total = 0.0, 0.0
-        with self.objective.evaluating(), differentiable_attention(), torch.no_grad():
+        with self.objective.evaluating(), self._attention.differentiable(), torch.no_grad():
             for part in self.objective.parts():
                 value += part.weight * float(self.objective.loss(part))
                 total += part.weight
@@ -183,14 +184,17 @@ class HvpOracle:
         self._graphs.release()
 
     def describe(self) -> dict[str, Any]:
-        """Which graphs are kept, for the provenance of results."""
-        if self._compiler is None:
-            return self._graphs.describe()
-        return {**self._graphs.describe(), "compiled": self._compiler.describe()}
+        """Which graphs are kept and how attention is computed, for the provenance of results."""
+        described = self._graphs.describe()
+        if self._attention.chunked:
+            described["attention"] = "in chunks of queries"
+        if self._compiler is not None:
+            described["compiled"] = self._compiler.describe()
+        return described
 
     def find_non_finite(self) -> str | None:
         """Label of the first part whose loss or gradient is not finite, if there is one."""
-        with self.objective.evaluating(), differentiable_attention():
+        with self.objective.evaluating(), self._attention.differentiable():
             for part in self.objective.parts():
                 loss = self.objective.loss(part)
                 gradients = self._first_derivative(part, loss, create_graph=False)
@@ -201,7 +205,7 @@ class HvpOracle:
     @contextlib.contextmanager
     def _pass(self) -> Iterator[Iterator[tuple[GradientGraph, bool]]]:
         # Around the backward too: activation checkpointing runs the forward pass again there.
-        with self.objective.evaluating(), differentiable_attention():
+        with self.objective.evaluating(), self._attention.differentiable():
             yield self._graphs.each()
         self._graphs.settle()
 
