@@ -7,9 +7,10 @@ from torch import Tensor
 
 __all__ = ["chunk_sizes"]
 
-# Of the scores of one chunk, of which a dozen copies exist in its double backward. On the CPU chunks
-# of this size are as fast as one piece; on a GPU small ones would be shorter than their launch.
-_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+# Of the scores of one chunk, of which a dozen copies exist in its double backward. On the CPU it is
+# as fast as one piece; on a GPU its kernels would be shorter than it takes to launch them.
+_BYTES = 16 << 20
+_BYTES_ON_A_GPU = 128 << 20
 # Below this the products of matrices are no longer the bulk of the work.
 _FEWEST_QUERIES = 16
 
@@ -26,8 +27,8 @@ def chunk_sizes(query: Tensor, key: Tensor) -> list[int]:
     # Half precision is computed in float32.
     itemsize = max(query.element_size(), torch.float32.itemsize)
     heads = max(query.shape[:-2].numel(), key.shape[:-2].numel())
-    bytes_per_query = max(1, heads * keys * itemsize)
-    size = max(_FEWEST_QUERIES, _BYTES.get(query.device.type, _BYTES["cuda"]) // bytes_per_query)
+    allowed = _BYTES if query.device.type == "cpu" else _BYTES_ON_A_GPU
+    size = max(_FEWEST_QUERIES, allowed // max(1, heads * keys * itemsize))
     if queries <= size:
         return [queries]
     whole, rest = divmod(queries, size)

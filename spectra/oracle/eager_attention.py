@@ -151,5 +151,10 @@ def _split(argument: Any, sizes: list[int]) -> Any:
 
 def _weights_wanted(module: nn.Module, options: dict[str, Any]) -> bool:
     config = getattr(module, "config", None)
-    asked = options.get("output_attentions") or getattr(config, "output_attentions", False)
-    return bool(asked)
+    if options.get("output_attentions") or getattr(config, "output_attentions", False):
+        return True
+    # Asked for in a model's call, which does not hand the question on to its layers.
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    wanted = collector.get() if collector is not None else None
+    return any("attentions" in name for name in wanted or ())
