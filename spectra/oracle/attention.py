@@ -80,8 +80,9 @@ class Attention:
         """What the operator does while the context is active."""
         self._called = True
         options |= {"dropout_p": dropout_p, "is_causal": is_causal}
+        small = len(chunk_sizes(query, key)) == 1
         # A segment cannot be transformed by torch.func.
-        if len(chunk_sizes(query, key)) == 1 or torch._C._are_functorch_transforms_active():
+        if small or dropout_p > 0 or torch._C._are_functorch_transforms_active():
             return _in_one_piece(query, key, value, attn_mask, **options)
         self._chunked = True
         return chunked_attention(query, key, value, attn_mask, **options)

@@ -323,6 +323,10 @@ def test_dropout_draws_what_it_draws_in_one_piece():
     expected = math_kernel(*tensors, dropout_p=0.5)
     torch.manual_seed(3)
     assert torch.equal(chunked_attention(*tensors, dropout_p=0.5), expected)
+    attention = Attention()
+    with attention.differentiable():
+        functional.scaled_dot_product_attention(*tensors, dropout_p=0.5)
+    assert not attention.chunked
 
 
 @pytest.mark.usefixtures("small_chunks")
