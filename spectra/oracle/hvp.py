@@ -22,7 +22,7 @@ from spectra.errors import ArgumentError, LossError, SpectraError
 from spectra.objective.memory import memory_ran_out
 from spectra.objective.objective import Objective, Part
 from spectra.oracle import diagnose
-from spectra.oracle.attention import differentiable_attention
+from spectra.oracle.attention import Attention
 from spectra.oracle.compiled import Compiler
 from spectra.oracle.graphs import GradientGraph, GraphPolicy, Graphs
 from spectra.oracle.planning import Plan, PlanChangedError
@@ -78,6 +78,7 @@ class HvpOracle:
         self.objective = objective
         self._tf32 = tf32
         self._compiler = Compiler() if compile else None
+        self._attention = Attention(objective.model)
         self._checked = False
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
@@ -232,6 +233,8 @@ class HvpOracle:
     def describe(self) -> dict[str, Any]:
         """What was chosen to be kept and computed again, for the provenance of results."""
         described = {**self._graphs.describe(), **self._plan.describe()}
+        if self._attention.chunked:
+            described["attention"] = "in chunks of queries"
         if self._compiler is not None:
             described["compiled"] = self._compiler.describe()
         return described
@@ -254,7 +257,7 @@ class HvpOracle:
             self.objective.evaluating(),
             contextlib.nullcontext() if self._tf32 else full_float32(kind),
             # Around the backward too: what is recomputed runs forward passes there.
-            differentiable_attention(),
+            self._attention.differentiable(),
             self._plan.applied(),
         ):
             yield
