@@ -47,7 +47,7 @@ from spectra.objective.keeping import (
     without_hooks,
 )
 from spectra.objective.losses import number_of_samples
-from spectra.objective.modes import stochastic_modules
+from spectra.objective.modes import discontinuous_modules, stochastic_modules
 from spectra.objective.parameters import (
     NamedTensors,
     ParameterSpace,
@@ -341,8 +341,8 @@ class ModelObjective:
         return versions(tensors), checksums(tensors), modes, versions(batches)
 
     def describe(self) -> dict[str, Any]:
-        """The model, loss and data by name and size."""
-        return {
+        """The model, loss and data by name and size; under "notes" what is to be known of them."""
+        description: dict[str, Any] = {
             "objective": "model",
             "model": type(self.model).__name__,
             "model_parameters": sum(p.numel() for p in self.model.parameters()),
@@ -352,6 +352,9 @@ class ModelObjective:
             "microbatch": self._microbatch,
             "training_mode": self._allow_training_mode,
         }
+        if routers := discontinuous_modules(self.model):
+            description["notes"] = [_routing_note(routers)]
+        return description
 
     def _check_mode(self) -> None:
         problems = stochastic_modules(self.model)
@@ -409,7 +412,7 @@ def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
         raise
     except Exception as error:
         msg = f"the loss raised {type(error).__name__} on {part.label}: {error}"
-        raise LossError(msg) from error
+        raise LossError(msg + _cure(str(error))) from error
     if not isinstance(value, Tensor):
         msg = (
             f"the loss of {part.label} is a {type(value).__name__}, not a tensor; leave out "
@@ -432,6 +435,26 @@ def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
         )
         raise NonFiniteError(msg)
     return value.reshape(())
+
+
+def _cure(message: str) -> str:
+    """What helps against an error of a forward pass, where that is known and not obvious."""
+    # Of grouped_mm, which transformers' mixtures of experts use by default.
+    if "Expected mat_a to be" in message or "strides should be multiple of 16" in message:
+        return (
+            ". Its experts are multiplied by a kernel with limits of its own; use elementary "
+            "operations: model.set_experts_implementation('eager')"
+        )
+    return ""
+
+
+def _routing_note(routers: list[tuple[str, str]]) -> str:
+    name, what = routers[0]
+    more = f" (and {len(routers) - 1} more such modules)" if len(routers) > 1 else ""
+    return (
+        f"module {name!r} {what}{more}: the loss jumps where a choice changes, and the Hessian is "
+        "that of the smooth piece with the present choices"
+    )
 
 
 def _reduction(asked: str | None, loss: Any) -> str:

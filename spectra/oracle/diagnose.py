@@ -41,6 +41,7 @@ _REMEDIES = (
     ("heckpoint", "use checkpointing with use_reentrant=False, or switch it off"),
     ("once_differentiable", "remove the decorator and make the backward differentiable"),
     ("scaled_dot_product", "use an attention implementation of elementary operations ('eager')"),
+    ("grouped_mm", "use experts of elementary operations (experts_implementation='eager')"),
     ("cudnn_rnn", "wrap the loss in torch.backends.cudnn.flags(enabled=False)"),
     ("inplace operation", "do not overwrite what a derivative needs (inplace=False)"),
     ("torch.compile", "pass the model before compilation (model._orig_mod)"),
