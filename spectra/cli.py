@@ -276,12 +276,12 @@ def _from_text(
     task = arguments.task or huggingface.task_of(arguments.hf)
     options = _task_options(arguments, task)
     say(f"Loading {arguments.hf} …")
-    load: Callable[..., Any] = {
+    loaders: dict[str, Callable[..., Any]] = {
         "causal": huggingface.causal_lm,
         "masked": huggingface.masked_lm,
         "classify": huggingface.classifier,
-    }[task]
-    model, loss, data = load(arguments.hf, arguments.text, **options)
+    }
+    model, loss, data = loaders[task](arguments.hf, arguments.text, **options)
     terms = int(sum(loss.weight(batch) for batch in data))
     source = {"hf": str(arguments.hf), "text": str(arguments.text), "task": task}
     if task == "classify":

@@ -63,6 +63,16 @@ _EVAL_OR_ALLOW = (
     "batch"
 )
 _DRAW_ONCE = "Draw them once, outside of the function"
+_ELEMENTARY_EXPERTS = (
+    "use experts of elementary operations, model.set_experts_implementation('eager')"
+)
+# What kernels for training say where they stop short of what an analysis asks of them.
+_CURES = (
+    # Of grouped_mm, the default of transformers' mixtures of experts.
+    ("Expected mat_a to be", _ELEMENTARY_EXPERTS),
+    ("strides should be multiple of 16 bytes", _ELEMENTARY_EXPERTS),
+    ("FlexAttention", "use model.set_attn_implementation('sdpa')"),
+)
 
 
 @dataclass(frozen=True)
@@ -439,13 +449,8 @@ def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
 
 def _cure(message: str) -> str:
     """What helps against an error of a forward pass, where that is known and not obvious."""
-    # Of grouped_mm, which transformers' mixtures of experts use by default.
-    if "Expected mat_a to be" in message or "strides should be multiple of 16" in message:
-        return (
-            ". Its experts are multiplied by a kernel with limits of its own; use elementary "
-            "operations: model.set_experts_implementation('eager')"
-        )
-    return ""
+    cures = (cure for sign, cure in _CURES if sign in message)
+    return f". Fix: {cure}" if (cure := next(cures, None)) else ""
 
 
 def _routing_note(routers: list[tuple[str, str]]) -> str:

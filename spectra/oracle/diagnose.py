@@ -61,6 +61,13 @@ def refuse_bad_modules(model: nn.Module | None) -> None:
     """
     if model is None:
         return
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if isinstance(attention, str) and "flash" in attention:
+        msg = (
+            f"the attention of {type(model).__name__} is {attention!r}, a kernel without a second "
+            "derivative; use model.set_attn_implementation('sdpa')"
+        )
+        raise DoubleBackwardError(msg)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding):
             continue
