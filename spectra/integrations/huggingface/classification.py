@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from spectra.errors import ArgumentError, TargetError
 from spectra.integrations.huggingface.batching import batched, padded
-from spectra.integrations.huggingface.checkpoints import (
+from spectra.integrations.huggingface.checkpoints import Checkpoint, in_short, locate
+from spectra.integrations.huggingface.loading import (
     OWN_LOSS,
-    Checkpoint,
     Head,
     check_fits,
-    in_short,
     load_model,
     load_tokenizer,
-    locate,
     moved,
     quiet,
     require_packages,

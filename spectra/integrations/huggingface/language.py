@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from spectra.errors import ArgumentError, TargetError
 from spectra.integrations.huggingface.batching import IGNORED, batched, padded
-from spectra.integrations.huggingface.checkpoints import (
+from spectra.integrations.huggingface.checkpoints import Checkpoint, locate
+from spectra.integrations.huggingface.loading import (
     OWN_LOSS,
-    Checkpoint,
     Head,
     check_fits,
     load_model,
     load_tokenizer,
-    locate,
     moved,
     require_packages,
     tokenized,
