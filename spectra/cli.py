@@ -56,15 +56,26 @@ returns a spectra.HessianOperator, or (model, loss, data) as HessianOperator tak
       loss = spectra.losses.supervised(torch.nn.CrossEntropyLoss())
       return model.eval(), loss, [(inputs, labels), ...]
 
---hf MODEL_DIR --text FILE takes a causal language model from a local directory (config.json,
-*.safetensors and tokenizer, or a GGUF file) and the mean next-token loss of a text.
+--hf MODEL_DIR --text FILE takes a Hugging Face model from a local directory (config.json,
+*.safetensors and tokenizer; a GGUF file; or a PEFT adapter of such a model) and its loss on a file:
+
+  --task causal    the mean next-token loss of a text
+  --task masked    that of predicting 15 % of the tokens, drawn once
+  --task classify  that of a classifier on a table (.csv or .jsonl) with columns text and label;
+                   of images, columns pixel_values and label
 
 The directory --out receives run.json (every number with its error), the result itself
 (analysis.json, analysis.safetensors: spectra.load reads it), figures, and report.html.
 """
 _FIGURES = frozenset({"eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"})
-# Options of `analyze` that only one of its two kinds of input has.
-_MODEL_OPTIONS = ("tokens_per_sequence", "sequences_per_batch", "max_tokens", "dtype", "device")
+# Options of `analyze` that go with --hf, by its tasks.
+_LANGUAGE = ("tokens_per_sequence", "sequences_per_batch", "max_tokens", "dtype", "device")
+_TASKS = {
+    "causal": _LANGUAGE,
+    "masked": _LANGUAGE,
+    "classify": ("tokens_per_sequence", "rows_per_batch", "dtype", "device"),
+}
+_MODEL_OPTIONS = tuple(dict.fromkeys(name for names in _TASKS.values() for name in names))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -253,9 +264,9 @@ def _check_kind(arguments: argparse.Namespace) -> None:
             msg = f"--params took {arguments.params[-1]!r} for a glob; put TARGET before --params"
         raise TargetError(msg)
     if arguments.hf and not arguments.text:
-        msg = "--hf needs a text to compute the loss on: --text FILE"
+        msg = "--hf needs a text or a table to compute the loss on: --text FILE"
         raise TargetError(msg)
-    for name in () if arguments.hf else ("text", *_MODEL_OPTIONS):
+    for name in () if arguments.hf else ("text", "task", *_MODEL_OPTIONS):
         if getattr(arguments, name) is not None:
             option = "--" + name.replace("_", "-")
             msg = f"{option} goes with --hf; a TARGET brings its own data and model"
@@ -265,17 +276,29 @@ def _check_kind(arguments: argparse.Namespace) -> None:
 def _from_text(
     arguments: argparse.Namespace, say: Callable[[str], None]
 ) -> tuple[SymmetricOperator, str, dict[str, Any]]:
-    from spectra.integrations.huggingface import causal_lm
+    from spectra.integrations import huggingface
 
-    chosen = {name: getattr(arguments, name) for name in _MODEL_OPTIONS}
-    options = {name: value for name, value in chosen.items() if value is not None}
-    if "dtype" in options:
-        options["dtype"] = getattr(torch, options["dtype"])
+    task = arguments.task or huggingface.task_of(arguments.hf)
+    options = _task_options(arguments, task)
     say(f"Loading {arguments.hf} …")
-    model, loss, data = causal_lm(arguments.hf, arguments.text, **options)
-    sequences = sum(len(batch["input_ids"]) for batch in data)
-    tokens = int(sum(loss.weight(batch) for batch in data))
-    say(f"{tokens:,} tokens of {arguments.text} are predicted, in {sequences} sequences\n")
+    loaders: dict[str, Callable[..., Any]] = {
+        "causal": huggingface.causal_lm,
+        "masked": huggingface.masked_lm,
+        "classify": huggingface.classifier,
+    }
+    model, loss, data = loaders[task](arguments.hf, arguments.text, **options)
+    terms = int(sum(loss.weight(batch) for batch in data))
+    source = {"hf": str(arguments.hf), "text": str(arguments.text), "task": task}
+    if task == "classify":
+        source["rows"] = terms
+        say(f"{terms:,} rows of {arguments.text} are classified\n")
+    else:
+        source["sequences"] = sum(len(batch["input_ids"]) for batch in data)
+        source["predicted_tokens"] = terms
+        say(
+            f"{terms:,} tokens of {arguments.text} are predicted, in {source['sequences']} "
+            "sequences\n"
+        )
     operator = HessianOperator(
         model,
         loss,
@@ -284,14 +307,22 @@ def _from_text(
         graph=arguments.graph or "auto",
         microbatch=arguments.microbatch,
     )
-    title = f"{arguments.hf.resolve().name} on {arguments.text.name}"
-    source = {
-        "hf": str(arguments.hf),
-        "text": str(arguments.text),
-        "sequences": sequences,
-        "predicted_tokens": tokens,
-    }
-    return operator, title, source
+    return operator, f"{arguments.hf.resolve().name} on {arguments.text.name}", source
+
+
+def _task_options(arguments: argparse.Namespace, task: str) -> dict[str, Any]:
+    """The options given for the model, as keywords of the function that loads it."""
+    chosen = {name: getattr(arguments, name) for name in _MODEL_OPTIONS}
+    options = {name: value for name, value in chosen.items() if value is not None}
+    if foreign := set(options).difference(_TASKS[task]):
+        option = "--" + min(foreign).replace("_", "-")
+        msg = f"{option} does not go with --task {task}; its options are --" + ", --".join(
+            name.replace("_", "-") for name in _TASKS[task]
+        )
+        raise TargetError(msg)
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    return options
 
 
 def _from_target(arguments: argparse.Namespace) -> tuple[SymmetricOperator, str, dict[str, Any]]:
@@ -506,7 +537,7 @@ def _add_analyze_options(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print run.json, and nothing else, on stdout")
     _add_questions(parser.add_argument_group("what is computed"))
     _add_means(parser.add_argument_group("how"))
-    _add_model(parser.add_argument_group("a language model of Hugging Face's instead of TARGET"))
+    _add_model(parser.add_argument_group("a model of Hugging Face's instead of TARGET"))
 
 
 def _add_questions(group: argparse._ArgumentGroup) -> None:
@@ -570,9 +601,11 @@ def _add_means(group: argparse._ArgumentGroup) -> None:
 def _add_model(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--hf", type=Path, metavar="MODEL_DIR", help="local directory, or GGUF file")
-    add("--text", type=Path, metavar="FILE", help="plain text to predict")
+    add("--text", type=Path, metavar="FILE", help="plain text, or a table: .csv, .jsonl")
+    add("--task", choices=tuple(_TASKS), help="default: what the model was saved for")
     add("--tokens-per-sequence", type=_positive, metavar="N", help="default: 128")
     add("--sequences-per-batch", type=_positive, metavar="N", help="default: 4")
+    add("--rows-per-batch", type=_positive, metavar="N", help="of a table, default: 8")
     add("--max-tokens", type=_positive, metavar="N", help="of the text, default: 2048")
     add("--dtype", choices=("float32", "float64", "bfloat16"), help="default: float32")
     add("--device", help="such as cuda, default: cpu")
@@ -608,7 +641,7 @@ def _tolerance(text: str) -> float:
 
 def _versions() -> str:
     found = versions()
-    for name in ("matplotlib", "safetensors", "scikit-learn", "transformers", "gguf"):
+    for name in ("matplotlib", "safetensors", "scikit-learn", "transformers", "peft", "gguf"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return "\n".join(f"{name} {number}" for name, number in found.items())

@@ -16,6 +16,7 @@ import torch
 import spectra
 from spectra import cli
 from spectra.analysis.storage import read_run
+from tests.cases.checkpoints import SIZES, curved, save, word_tokenizer
 
 ROOT = Path(spectra.__file__).parent.parent
 TARGETS = '''
@@ -361,6 +362,71 @@ def test_a_hugging_face_model_is_analysed_on_a_text(place):
     assert summary["loss"] == pytest.approx(H.value())
 
 
+@pytest.fixture
+def bert(place):
+    """Directories of a masked language model and of a classifier, and files for both."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    for kind, name in (("MaskedLM", "masked"), ("SequenceClassification", "classifier")):
+        config = transformers.BertConfig(**SIZES, num_labels=2)
+        model = curved(getattr(transformers, f"BertFor{kind}")(config))
+        save(model, Path(name), word_tokenizer())
+    Path("text.txt").write_text("the quick brown fox jumps over the lazy dog " * 4)
+    rows = [{"text": "a good cat", "label": 1}, {"text": "the dog", "label": 0}]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return place
+
+
+MASKED_RUN = (
+    "masked --text text.txt",
+    "5 tokens of text.txt are predicted, in 3 sequences",
+    {"text": "text.txt", "task": "masked", "sequences": 3, "predicted_tokens": 5},
+)
+CLASSIFIED_RUN = (
+    "classifier --text rows.jsonl",
+    "2 rows of rows.jsonl are classified",
+    {"text": "rows.jsonl", "task": "classify", "rows": 2},
+)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("run", [MASKED_RUN, CLASSIFIED_RUN], ids=["masked", "classify"])
+def test_the_task_of_a_hugging_face_model_is_chosen_or_named(run, named, bert, undrawn, capsys):
+    from spectra.integrations import huggingface
+
+    arguments, said, source = run
+    options = ["--task", source["task"]] if named else []
+    options += ["--top", "2", "--density", "--dtype", "float64", "--params", "*.query.*"]
+    options += ["--out", "run", "--tokens-per-sequence", "16"]
+    assert cli.main(["analyze", "--hf", *arguments.split(), *options]) == 0
+    assert said in capsys.readouterr().out
+    model = arguments.split()[0]
+    assert summary_of(Path("run"))["source"] == {"hf": model, **source}
+    load = huggingface.masked_lm if model == "masked" else huggingface.classifier
+    problem = load(model, source["text"], tokens_per_sequence=16, dtype=torch.float64)
+    exact = np.linalg.eigvalsh(spectra.HessianOperator(*problem, "*.query.*").to_dense().numpy())
+    found = read_run("run").eigenpairs.values
+    np.testing.assert_allclose(found, largest(exact, 2), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--hf classifier --text text.txt", "'text.txt' is no table; give a .csv file"),
+        (
+            "--hf classifier --text rows.jsonl --max-tokens 9",
+            "--max-tokens does not go with --task classify; its options are --tokens-per-sequence",
+        ),
+        ("--hf masked --text text.txt --rows-per-batch 2", "--rows-per-batch does not go with"),
+        ("--hf masked --text rows.jsonl --task classify", "has no classification head"),
+        ("--hf masked --text text.txt --task causal --tokens-per-sequence 8", "is not causal"),
+    ],
+)
+def test_what_does_not_go_with_a_task_is_named(arguments, message, bert, capsys):
+    assert cli.main(["analyze", "--out", "run", *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_versions_that_a_bug_report_needs_are_printed(place, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["--version"])
@@ -546,6 +612,7 @@ def test_a_figure_that_fails_costs_no_result(place, monkeypatch, capsys):
         ("targets.py:problem --hf m", "give either TARGET or --hf MODEL_DIR, not both"),
         ("targets.py:problem --text t", "--text goes with --hf"),
         ("targets.py:problem --max-tokens 9", "--max-tokens goes with --hf"),
+        ("targets.py:problem --task masked", "--task goes with --hf"),
         ("--hf m", "--hf needs a text"),
         ("--hf m --text t", "no model directory 'm'"),
     ],

@@ -61,7 +61,7 @@ class Analysis(Result):
     matvecs, seconds
         Spent on each part, by name.
     notes
-        What the budget did not allow.
+        What is to be known of the operator, and what the budget did not allow.
     """
 
     eigenpairs: Eigenpairs
@@ -216,7 +216,7 @@ def analyze(
     Returns
     -------
     Analysis
-        `matvecs` and `seconds` say what each part took, `notes` what the budget did not allow.
+        `matvecs` and `seconds` say what each part took, `notes` what is to be known of the result.
 
     Raises
     ------
@@ -262,7 +262,7 @@ def analyze(
     )
     # By now the number of batches is known, too.
     provenance["operator"] = operator.describe()
-    notes = _graph_notes(operator.describe())
+    notes = [*operator.describe().get("notes", ()), *_graph_notes(operator.describe())]
     measure = trace_result = frobenius = blocks = None
     with _kept(pairs):
         if density:

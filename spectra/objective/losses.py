@@ -18,7 +18,16 @@ from torch.nn import functional
 
 from spectra.errors import ArgumentError, ArgumentTypeError, DataError
 
-__all__ = ["CausalLM", "Supervised", "causal_lm", "number_of_samples", "supervised"]
+__all__ = [
+    "CausalLM",
+    "LabelledCrossEntropy",
+    "Supervised",
+    "causal_lm",
+    "classification",
+    "masked_lm",
+    "number_of_samples",
+    "supervised",
+]
 
 # Label that PyTorch and Hugging Face give to tokens that do not count.
 _IGNORED = -100
@@ -71,6 +80,27 @@ def causal_lm(ignore_index: int = _IGNORED) -> CausalLM:
     Hessian (Hugging Face's own loss computes in float32).
     """
     return CausalLM(ignore_index)
+
+
+def masked_lm(ignore_index: int = _IGNORED) -> LabelledCrossEntropy:
+    """Cross-entropy of the labelled tokens of Hugging Face style batches; each counts once.
+
+    Batches are mappings with `labels` (B, T), and all else that the model takes: `input_ids` with
+    the masks in place, `attention_mask`. Nothing is shifted, so this is the loss of token
+    classification too, and of an encoder-decoder whose batches hold `decoder_input_ids`. The weight
+    of a batch is the number of labels that are not `ignore_index`. Logits as for `causal_lm`.
+    """
+    return LabelledCrossEntropy("masked_lm", ignore_index)
+
+
+def classification(ignore_index: int = _IGNORED) -> LabelledCrossEntropy:
+    """Cross-entropy of Hugging Face style batches with a class for every sample.
+
+    Batches are mappings with `labels` (B,), and all else that the model takes: `input_ids` and
+    `attention_mask`, or `pixel_values`. The weight of a batch is the number of labels that are not
+    `ignore_index`. Logits as for `causal_lm`.
+    """
+    return LabelledCrossEntropy("classification", ignore_index)
 
 
 class Supervised:
@@ -157,12 +187,7 @@ class CausalLM:
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of one batch."""
         targets = self._targets(batch)
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        # A cache of keys and values would only hold memory: no token is generated here.
-        if hasattr(getattr(model, "config", None), "use_cache"):
-            inputs["use_cache"] = False
-        output = model(**inputs)
-        logits = output if isinstance(output, Tensor) else output.logits
+        logits = _logits(model, batch)
         return functional.cross_entropy(
             logits[:, :-1].reshape(-1, logits.shape[-1]),
             targets.reshape(-1),
@@ -190,6 +215,65 @@ class CausalLM:
                 labels = labels.masked_fill(mask == 0, self.ignore_index)
         targets: Tensor = labels[:, 1:]
         return targets
+
+
+class LabelledCrossEntropy:
+    """See `masked_lm` and `classification`."""
+
+    reduction = "mean"
+
+    def __init__(self, name: str, ignore_index: int) -> None:
+        self.name = name
+        self.ignore_index = ignore_index
+
+    def __repr__(self) -> str:
+        return f"{self.name}()"
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of one batch."""
+        labels = self._labels(batch)
+        logits = _logits(model, batch)
+        if logits.shape[:-1] != labels.shape:
+            msg = (
+                f"{self.name}() needs one label for each row of logits, but the labels have shape "
+                f"{tuple(labels.shape)} and the logits {tuple(logits.shape)}; for another loss "
+                "write your own loss(model, batch)"
+            )
+            raise DataError(msg)
+        return functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            labels.reshape(-1),
+            ignore_index=self.ignore_index,
+        )
+
+    def weight(self, batch: Any) -> float:
+        """Number of labels that count."""
+        return float((self._labels(batch) != self.ignore_index).sum())
+
+    def _labels(self, batch: Any) -> Tensor:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, Tensor):
+            what = f"keys {list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+            msg = f"{self.name}() takes batches with 'labels' and the model's inputs, got {what}"
+            raise DataError(msg)
+        if labels.is_floating_point():
+            msg = (
+                f"{self.name}() takes classes as integers, got labels of {labels.dtype}; for "
+                "regression or several classes at once write your own loss(model, batch)"
+            )
+            raise DataError(msg)
+        return labels
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """What the model makes of a batch without its labels."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    # A cache of keys and values would only hold memory: no token is generated here.
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        inputs["use_cache"] = False
+    output = model(**inputs)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
 
 
 def number_of_samples(batch: Any) -> float:

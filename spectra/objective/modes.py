@@ -1,10 +1,10 @@
-"""Which modules make a loss random, or dependent on how the data are batched?"""
+"""Which modules make a loss random, dependent on how the data are batched, or discontinuous?"""
 
 from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["stochastic_modules"]
+__all__ = ["discontinuous_modules", "stochastic_modules"]
 
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -33,6 +33,31 @@ def stochastic_modules(model: nn.Module) -> list[tuple[str, str, bool]]:
             why = f"({kind}) is in training mode: it changes its statistics"
             found.append((name, why, False))
     return found
+
+
+def discontinuous_modules(model: nn.Module) -> list[tuple[str, str]]:
+    """Modules that send each token to few of many experts: name, and what they choose.
+
+    Where the choice changes the loss jumps. Derivatives know nothing of that: they are those of the
+    present choice. Such modules are told by their kind, a router, or by the numbers they hold.
+    """
+    found: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        chosen, experts = (getattr(module, a, None) for a in ("top_k", "num_experts"))
+        if isinstance(chosen, int) and isinstance(experts, int):
+            if chosen >= experts:
+                # All experts are used: nothing is chosen.
+                continue
+            found.append((name, f"({kind}) sends each token to {chosen} of {experts} experts"))
+        elif "router" in kind.lower():
+            found.append((name, f"({kind}) chooses experts for each token"))
+    # A block repeats the numbers of the router inside it.
+    return [
+        (name, what)
+        for name, what in found
+        if not any(other.startswith(f"{name}.") for other, _ in found)
+    ]
 
 
 def _drop_rate(module: nn.Module) -> float:

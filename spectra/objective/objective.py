@@ -48,7 +48,7 @@ from spectra.objective.keeping import (
 )
 from spectra.objective.losses import number_of_samples
 from spectra.objective.memory import memory_ran_out
-from spectra.objective.modes import stochastic_modules
+from spectra.objective.modes import discontinuous_modules, stochastic_modules
 from spectra.objective.parameters import (
     NamedTensors,
     ParameterSpace,
@@ -65,6 +65,16 @@ _EVAL_OR_ALLOW = (
     "batch"
 )
 _DRAW_ONCE = "Draw them once, outside of the function"
+_ELEMENTARY_EXPERTS = (
+    "use experts of elementary operations, model.set_experts_implementation('eager')"
+)
+# What kernels for training say where they stop short of what an analysis asks of them.
+_CURES = (
+    # Of grouped_mm, the default of transformers' mixtures of experts.
+    ("Expected mat_a to be", _ELEMENTARY_EXPERTS),
+    ("strides should be multiple of 16 bytes", _ELEMENTARY_EXPERTS),
+    ("FlexAttention", "use model.set_attn_implementation('sdpa')"),
+)
 
 
 @dataclass(frozen=True)
@@ -367,8 +377,8 @@ class ModelObjective:
         return versions(tensors), checksums(tensors), modes, versions(batches)
 
     def describe(self) -> dict[str, Any]:
-        """The model, loss and data by name and size."""
-        return {
+        """The model, loss and data by name and size; under "notes" what is to be known of them."""
+        description: dict[str, Any] = {
             "objective": "model",
             "model": type(self.model).__name__,
             "model_parameters": sum(p.numel() for p in self.model.parameters()),
@@ -378,6 +388,9 @@ class ModelObjective:
             "microbatch": self.microbatch,
             "training_mode": self._allow_training_mode,
         }
+        if routers := discontinuous_modules(self.model):
+            description["notes"] = [_routing_note(routers)]
+        return description
 
     def _check_mode(self) -> None:
         problems = stochastic_modules(self.model)
@@ -437,7 +450,7 @@ def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
         if memory_ran_out(error):
             raise
         msg = f"the loss raised {type(error).__name__} on {part.label}: {error}"
-        raise LossError(msg) from error
+        raise LossError(msg + _cure(str(error))) from error
     if not isinstance(value, Tensor):
         msg = (
             f"the loss of {part.label} is a {type(value).__name__}, not a tensor; leave out "
@@ -460,6 +473,21 @@ def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
         )
         raise NonFiniteError(msg)
     return value.reshape(())
+
+
+def _cure(message: str) -> str:
+    """What helps against an error of a forward pass, where that is known and not obvious."""
+    cures = (cure for sign, cure in _CURES if sign in message)
+    return f". Fix: {cure}" if (cure := next(cures, None)) else ""
+
+
+def _routing_note(routers: list[tuple[str, str]]) -> str:
+    name, what = routers[0]
+    more = f" (and {len(routers) - 1} more such modules)" if len(routers) > 1 else ""
+    return (
+        f"module {name!r} {what}{more}: the loss jumps where a choice changes, and the Hessian is "
+        "that of the smooth piece with the present choices"
+    )
 
 
 def _reduction(asked: str | None, loss: Any) -> str:

@@ -47,6 +47,7 @@ _REMEDIES = (
     ("heckpoint", "use checkpointing with use_reentrant=False, or switch it off"),
     ("once_differentiable", "remove the decorator and make the backward differentiable"),
     ("scaled_dot_product", "use an attention implementation of elementary operations ('eager')"),
+    ("grouped_mm", "use experts of elementary operations (experts_implementation='eager')"),
     ("cudnn_rnn", "wrap the loss in torch.backends.cudnn.flags(enabled=False)"),
     ("inplace operation", "do not overwrite what a derivative needs (inplace=False)"),
     ("torch.compile", "pass the model before compilation (model._orig_mod)"),
@@ -66,6 +67,13 @@ def refuse_bad_modules(model: nn.Module | None) -> None:
     """
     if model is None:
         return
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if isinstance(attention, str) and "flash" in attention:
+        msg = (
+            f"the attention of {type(model).__name__} is {attention!r}, a kernel without a second "
+            "derivative; use model.set_attn_implementation('sdpa')"
+        )
+        raise DoubleBackwardError(msg)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding):
             continue

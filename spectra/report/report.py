@@ -445,7 +445,8 @@ def _failures(analysis: Analysis) -> Iterator[str]:
 
 
 def _notes(analysis: Analysis) -> Iterator[tuple[str, str]]:
-    """What every part says should be known before believing it."""
+    """What the analysis and every part say should be known before believing it."""
+    yield from (("analysis", note) for note in analysis.notes)
     parts = {
         "eigenpairs": analysis.eigenpairs,
         "spectral norm": analysis.spectral_norm,

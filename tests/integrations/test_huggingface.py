@@ -162,6 +162,23 @@ def test_nothing_is_printed(saved, text, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_mixture_of_experts_is_loaded_with_products_in_double_precision(tmp_path, text):
+    config = transformers.MixtralConfig(
+        vocab_size=60,
+        intermediate_size=12,
+        max_position_embeddings=32,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        **SIZES,
+    )
+    directory = save(transformers.MixtralForCausalLM(config), tmp_path)
+    problem = causal_lm(directory, text, tokens_per_sequence=20, dtype=torch.float64)
+    H = spectra.HessianOperator(*problem)
+    assert (H @ torch.ones(H.shape[0], dtype=torch.float64)).norm() > 1e-3
+    assert "sends each token to 2 of 3 experts" in H.describe()["notes"][0]
+
+
 def write_gguf(path, model, tokenizer):
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")

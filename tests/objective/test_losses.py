@@ -10,7 +10,13 @@ from torch.nn import functional
 
 from spectra import HessianOperator
 from spectra.errors import ArgumentError, ArgumentTypeError, DataError
-from spectra.objective.losses import causal_lm, number_of_samples, supervised
+from spectra.objective.losses import (
+    causal_lm,
+    classification,
+    masked_lm,
+    number_of_samples,
+    supervised,
+)
 from tests.cases.networks import TinyGPT, WithLogits, dense_hessian, tanh_mlp
 
 N, CLASSES, LENGTH = 12, 3, 4
@@ -400,6 +406,86 @@ def test_batches_that_are_no_text_are_refused(batch, message):
         hessian.value()
 
 
+# --- labelled tokens and samples -----------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """Logits (B, C) of inputs that have a name."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+
+    def forward(self, features):
+        return self.network(features)
+
+
+@functools.cache
+def labelled_tokens():
+    """Some tokens of padded texts are to be predicted where they stand."""
+    model = TinyGPT()
+    ids, mask = tokens()
+    chosen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(9)) < 0.5
+    labels = ids.masked_fill(~(chosen & (mask == 1)), -100)
+
+    def loss(call):
+        logits = call(ids, attention_mask=mask)
+        terms = [
+            -logits[row, place].log_softmax(-1)[labels[row, place]]
+            for row, place in (labels != -100).nonzero().tolist()
+        ]
+        return torch.stack(terms).mean()
+
+    return model, ids, mask, labels, dense_hessian(model, loss)
+
+
+@pytest.mark.parametrize("sizes", [[5], [1, 4], [3, 2], [1, 1, 1, 1, 1]])
+def test_every_labelled_token_counts_once_where_it_stands(sizes):
+    model, ids, mask, labels, matrix = labelled_tokens()
+    batches = [
+        {"input_ids": i, "attention_mask": m, "labels": t}
+        for i, m, t in zip(ids.split(sizes), mask.split(sizes), labels.split(sizes), strict=True)
+    ]
+    loss = masked_lm()
+    assert sum(map(loss.weight, batches)) == int((labels != -100).sum()) > len(ids)
+    hessian = HessianOperator(WithLogits(model), loss, batches)
+    probe = torch.linspace(-1, 1, hessian.shape[0], dtype=torch.float64)
+    torch.testing.assert_close(hessian @ probe, matrix @ probe, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("sizes", [[12], [5, 7], [1, 11]])
+def test_every_labelled_sample_counts_once(sizes):
+    model, x, y = Classifier(), inputs(), targets("some ignored")
+    batches = [
+        {"features": a, "labels": b} for a, b in zip(x.split(sizes), y.split(sizes), strict=True)
+    ]
+    loss = classification()
+    assert sum(map(loss.weight, batches)) == int((y != -100).sum()) < len(y)
+    expected = dense_hessian(model, lambda call: functional.cross_entropy(call(x), y))
+    torch.testing.assert_close(HessianOperator(model, loss, batches).to_dense(), expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"features": inputs()}, r"masked_lm\(\) takes batches with 'labels'.*\['features'\]"),
+        ((inputs(), targets("some ignored")), "takes batches with 'labels'.*got tuple"),
+        (
+            {"features": inputs(), "labels": torch.ones(N, CLASSES)},
+            "takes classes as integers, got labels of torch.float32; for regression",
+        ),
+        (
+            {"features": inputs(), "labels": torch.ones(N, 1, dtype=torch.long)},
+            r"labels have shape \(12, 1\) and the logits \(12, 3\)",
+        ),
+    ],
+)
+def test_batches_without_a_label_for_each_row_of_logits_are_refused(batch, message):
+    hessian = HessianOperator(Classifier(), masked_lm(), [batch])
+    with pytest.raises(DataError, match=message):
+        hessian.value()
+
+
 # --- what a loss is made of ----------------------------------------------------------------------
 
 
@@ -495,3 +581,5 @@ def test_losses_say_what_they_are():
     assert repr(supervised(nn.MSELoss())) == "supervised(MSELoss())"
     assert repr(supervised(functional.mse_loss)) == "supervised(mse_loss)"
     assert repr(causal_lm()) == "causal_lm()"
+    assert repr(masked_lm()) == "masked_lm()"
+    assert repr(classification()) == "classification()"

@@ -788,3 +788,31 @@ def test_the_description_names_model_loss_and_data():
         "microbatch": 7,
         "training_mode": False,
     }
+
+
+class Routed(nn.Module):
+    """Each sample goes to the best of a few experts."""
+
+    def __init__(self, top_k):
+        super().__init__()
+        self.top_k, self.num_experts = top_k, 3
+        self.router = nn.Linear(6, 3)
+        self.experts = nn.ModuleList(nn.Linear(6, 3) for _ in range(3))
+        self.double()
+
+    def forward(self, x):
+        scores, chosen = self.router(x).softmax(-1).topk(self.top_k)
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
+        used = outputs.gather(1, chosen[..., None].expand(-1, -1, 3))
+        return (scores[..., None] * used).sum(1)
+
+
+@pytest.mark.parametrize(("top_k", "noted"), [(1, True), (2, True), (3, False)])
+def test_a_choice_of_experts_is_noted_as_long_as_it_is_one(top_k, noted):
+    objective = ModelObjective(nn.Sequential(Routed(top_k), Routed(top_k)), LOSS, batches())
+    notes = objective.describe().get("notes", [])
+    assert len(notes) == noted
+    if noted:
+        assert (
+            f"module '0' (Routed) sends each token to {top_k} of 3 experts (and 1 more" in notes[0]
+        )

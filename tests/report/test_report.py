@@ -182,6 +182,12 @@ def test_every_note_of_every_part_is_shown(doubtful, tmp_path):
     assert not {"details", "summary"} & set(page.tags)
 
 
+def test_what_is_to_be_known_of_the_whole_analysis_is_shown(tmp_path):
+    analysis = spectra.analyze(np.diag([9.0, 1.0, 0.0]), 1, progress=False)
+    noted = dataclasses.replace(analysis, notes=("the loss jumps here and there",))
+    assert "the loss jumps here and there" in written(noted, tmp_path).text
+
+
 def test_what_did_not_converge_is_said_first(doubtful, tmp_path):
     page = written(doubtful, tmp_path)
     missed = int((~doubtful.eigenpairs.converged).sum())
