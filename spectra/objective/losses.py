@@ -16,8 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectra.errors import ArgumentError, ArgumentTypeError, DataError
+from spectra.objective.cross_entropy import linear_cross_entropy
+from spectra.objective.heads import token_cross_entropy
 
-__all__ = ["CausalLM", "Supervised", "causal_lm", "number_of_samples", "supervised"]
+__all__ = [
+    "CausalLM",
+    "Supervised",
+    "causal_lm",
+    "linear_cross_entropy",
+    "number_of_samples",
+    "supervised",
+]
 
 # Label that PyTorch and Hugging Face give to tokens that do not count.
 _IGNORED = -100
@@ -57,7 +66,11 @@ def causal_lm(ignore_index: int = _IGNORED) -> CausalLM:
     without labels the inputs are their own, padding left out. The weight of a batch is the number
     of target tokens that count. The logits come from the model's `logits`, or from its output if
     that is a tensor; the loss is computed in their dtype, so that a float64 model has a float64
-    Hessian (Hugging Face's own loss computes in float32).
+    Hessian (Hugging Face's own loss computes in float32), and in float32 for half precision.
+
+    Large logits are made in chunks of tokens where they come from an `nn.Linear`, as those of
+    nearly all models do, up to a scale or a soft cap; a trial on 8 tokens finds it. The size of the
+    chunks, or why there are none, is in `loss_head` of the loss and of the operator's `describe()`.
     """
     return CausalLM(ignore_index)
 
@@ -142,24 +155,23 @@ class CausalLM:
 
     def __init__(self, ignore_index: int) -> None:
         self.ignore_index = ignore_index
+        self.loss_head: str | None = None
+        """Of the last batch: how large logits were made. None where they are small."""
 
     def __repr__(self) -> str:
         return "causal_lm()"
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of one batch."""
-        targets = self._targets(batch)
+        labels = self._targets(batch)
+        # The last place of a sequence predicts nothing.
+        targets = functional.pad(labels, (0, 1), value=self.ignore_index)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         # A cache of keys and values would only hold memory: no token is generated here.
         if hasattr(getattr(model, "config", None), "use_cache"):
             inputs["use_cache"] = False
-        output = model(**inputs)
-        logits = output if isinstance(output, Tensor) else output.logits
-        return functional.cross_entropy(
-            logits[:, :-1].reshape(-1, logits.shape[-1]),
-            targets.reshape(-1),
-            ignore_index=self.ignore_index,
-        )
+        loss, self.loss_head = token_cross_entropy(model, inputs, targets, self.ignore_index)
+        return loss
 
     def weight(self, batch: Any) -> float:
         """Number of target tokens that count."""

@@ -244,6 +244,7 @@ class ModelObjective:
         self._microbatch = microbatch
         self._data = reiterable(data, hold_data=hold_data)
         self._num_batches: int | None = None
+        self._loss_head: str | None = None
         self._allow_training_mode = allow_training_mode
         selected = select_parameters(model, params)
         self.parameters = list(selected.values())
@@ -301,7 +302,12 @@ class ModelObjective:
             what = f"evaluating {self.function_name} on {part.label}"
             refused = random_draws_refused(self.space.device, what, _EVAL_OR_ALLOW)
         with refused:
-            return _checked_loss(lambda: self._loss(self.model, part.batch), part)
+            value = _checked_loss(lambda: self._loss(self.model, part.batch), part)
+        # Of the losses that make logits in chunks: what they did on the last batch that was large.
+        head = getattr(self._loss, "loss_head", None)
+        if isinstance(head, str):
+            self._loss_head = head
+        return value
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -341,12 +347,14 @@ class ModelObjective:
         return versions(tensors), checksums(tensors), modes, versions(batches)
 
     def describe(self) -> dict[str, Any]:
-        """The model, loss and data by name and size."""
+        """The model, loss and data by name and size, and how large logits were made."""
+        head = {} if self._loss_head is None else {"loss_head": self._loss_head}
         return {
             "objective": "model",
             "model": type(self.model).__name__,
             "model_parameters": sum(p.numel() for p in self.model.parameters()),
             "loss": self._loss_name,
+            **head,
             "reduction": self.reduction,
             "batches": self._num_batches,
             "microbatch": self._microbatch,

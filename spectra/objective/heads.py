@@ -1,0 +1,238 @@
+"""Which module makes a model's logits, and what is the loss without all of them at once?
+
+The output head of a language model is a linear layer. It is found by a trial on a few tokens, so
+that no list of architectures is needed: the graph behind the logits tells which layer they come
+from, and what was done to them since (a scale, a soft cap). Everything else is left as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from spectra.objective.batches import tensors_of
+from spectra.objective.cross_entropy import (
+    chunked_cross_entropy,
+    mean_cross_entropy,
+    tokens_in_a_chunk,
+)
+from spectra.objective.keeping import buffers_kept, gradients_on, random_state_kept
+
+__all__ = ["token_cross_entropy"]
+
+# Bytes of logits that are made at once without further ado.
+_SMALL = 64 << 20
+# Tokens of the trial.
+_FEW = 8
+
+Step = Callable[[Tensor], Tensor]
+
+
+class _NoHeadError(Exception):
+    """The logits cannot be made in chunks, for the reason that the message gives."""
+
+
+class _ReachedError(Exception):
+    """The forward pass has come to the head."""
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The layer from which the logits come, and what the model does to its output."""
+
+    layer: nn.Linear
+    steps: tuple[Step, ...]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The model's logits."""
+        # The module itself is called: its hooks and parametrisations belong to the model.
+        logits: Tensor = self.layer(hidden)
+        for step in self.steps:
+            logits = step(logits)
+        return logits
+
+
+def token_cross_entropy(
+    model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, ignore_index: int
+) -> tuple[Tensor, str | None]:
+    """Mean cross-entropy of the model's logits (B, T, V) with targets (B, T) at the same places.
+
+    The logits are the `logits` of the model's output, or the output if it is a tensor. Where they
+    are large they are made in chunks of tokens, and no logits at all for targets that do not count.
+
+    Returns
+    -------
+    loss, how
+        The scalar, in the dtype of the logits but at least float32; and for large logits in how
+        large chunks they were made, or why they were not.
+    """
+    why_not = "no nn.Linear module in the model is as wide as they are"
+    candidates = [m for m in model.modules() if _is_linear(m) and _is_large(targets, m)]
+    if candidates:
+        try:
+            head = _find_head(model, inputs, targets.shape, candidates)
+            hidden = _inputs_of_head(model, head, inputs, targets.shape)
+        except _NoHeadError as reason:
+            why_not = str(reason)
+        else:
+            classes = head.layer.out_features
+            loss = chunked_cross_entropy(
+                head, hidden, targets, classes=classes, ignore_index=ignore_index
+            )
+            return loss, f"in chunks of {tokens_in_a_chunk(classes, hidden.dtype)} tokens"
+    logits = _logits(model, inputs)
+    loss = mean_cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index
+    )
+    large = _bytes(logits.numel(), logits.dtype) > _SMALL
+    return loss, f"all logits at once: {why_not}" if large else None
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    output = model(**inputs)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    # A subclass with a forward pass of its own may treat tokens together, or be no linear map.
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _is_large(targets: Tensor, layer: nn.Linear) -> bool:
+    return _bytes(targets.numel() * layer.out_features, layer.weight.dtype) > _SMALL
+
+
+def _bytes(entries: int, dtype: torch.dtype) -> int:
+    return entries * max(dtype.itemsize, 4)
+
+
+def _find_head(
+    model: nn.Module, inputs: Mapping[str, Any], shape: torch.Size, candidates: list[nn.Linear]
+) -> _Head:
+    """The layer behind the logits, from a trial on a few tokens that leaves no trace."""
+    few = {key: _cut(key, value, shape) for key, value in inputs.items()}
+    calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
+
+    def marked(layer: nn.Linear, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        # The graph begins anew here, and at a copy: what follows may work in place.
+        mark = output.detach().requires_grad_().clone()
+        calls.append((layer, _only_argument(args, kwargs), mark))
+        return mark
+
+    handles = [m.register_forward_hook(marked, with_kwargs=True) for m in candidates]
+    with gradients_on(), random_state_kept(), buffers_kept(model):
+        try:
+            logits = _logits(model, few)
+        except Exception as error:
+            msg = f"a trial on {_FEW} tokens raised {type(error).__name__}: {error}"
+            raise _NoHeadError(msg) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        node, steps = _steps_behind(logits, {mark.grad_fn for _, _, mark in calls})
+        layer, hidden = next((m, h) for m, h, mark in calls if mark.grad_fn is node)
+        if sum(m is layer for m, _, _ in calls) > 1:
+            msg = "the layer that makes them is called more than once"
+            raise _NoHeadError(msg)
+        _check_parameters(layer)
+        head = _Head(layer, steps)
+        with torch.no_grad():
+            again = head(hidden)
+    if again.shape != logits.shape or not torch.allclose(
+        again, logits, rtol=0, atol=0, equal_nan=True
+    ):
+        msg = f"{type(layer).__name__} and {len(steps)} steps did not give them again in a trial"
+        raise _NoHeadError(msg)
+    return head
+
+
+def _cut(key: str, value: Any, shape: torch.Size) -> Any:
+    """The first tokens of the first sequence."""
+    if isinstance(value, Tensor) and value.shape == shape:
+        return value[:1, :_FEW].clone()
+    if tensors_of(value):
+        what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "not a tensor"
+        msg = (
+            f"the input {key!r}, {what}, cannot be cut to a few tokens for a trial; expected "
+            f"{tuple(shape)}"
+        )
+        raise _NoHeadError(msg)
+    return value
+
+
+def _only_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    argument: Tensor = [*args, *kwargs.values()][0]
+    return argument
+
+
+def _steps_behind(logits: Tensor, marks: set[Any]) -> tuple[Any, tuple[Step, ...]]:
+    """The mark that the logits come from, and the steps from there to them."""
+    steps: list[Step] = []
+    node: Any = logits.grad_fn
+    while node not in marks:
+        if node is None:
+            msg = "they are the output of no nn.Linear module"
+            raise _NoHeadError(msg)
+        step = _step(node, logits.dtype)
+        before = [following for following, _ in node.next_functions if following is not None]
+        if step is None or len(before) != 1:
+            msg = f"they are no output of an nn.Linear module but come from {node.name()}"
+            raise _NoHeadError(msg)
+        steps.append(step)
+        node = before[0]
+    return node, tuple(reversed(steps))
+
+
+def _step(node: Any, dtype: torch.dtype) -> Step | None:
+    """What a node of the graph computes, if it treats all entries of its input alike."""
+    name = node.name()
+    if name == "AliasBackward0":
+        return lambda x: x
+    if name == "ToCopyBackward0":
+        return lambda x: x.to(dtype)
+    if name == "TanhBackward0":
+        return torch.tanh
+    if name in {"MulBackward0", "DivBackward0"}:
+        number = node._saved_other
+        if isinstance(number, Tensor) and number.dim() == 0:
+            other = number.item()
+            apply = operator.mul if name == "MulBackward0" else operator.truediv
+            return lambda x: apply(x, other)
+    return None
+
+
+def _check_parameters(layer: nn.Linear) -> None:
+    if any(p is not None and not p.is_leaf for p in layer._parameters.values()):
+        msg = "the weights of the layer that makes them were computed from others"
+        raise _NoHeadError(msg)
+
+
+def _inputs_of_head(
+    model: nn.Module, head: _Head, inputs: Mapping[str, Any], shape: torch.Size
+) -> Tensor:
+    """What the head is given: the forward pass ends there."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append(_only_argument(args, kwargs))
+        raise _ReachedError
+
+    # The first of the hooks: the others see the chunks.
+    handle = head.layer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        model(**inputs)
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+    if len(found) != 1 or found[0].shape[:-1] != shape:
+        got = [tuple(hidden.shape) for hidden in found]
+        msg = f"the layer that makes them got {got}, expected (*{tuple(shape)}, width) once"
+        raise _NoHeadError(msg)
+    return found[0]
