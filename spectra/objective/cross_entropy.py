@@ -23,8 +23,9 @@ __all__ = [
     "tokens_in_a_chunk",
 ]
 
-# Logits of a chunk. Smaller ones stay in the caches, but below this many tokens the time goes into
-# adding up the gradients of the output layer, one as large as its weights from each chunk.
+# Logits of a chunk: small enough for the caches. But every chunk adds a gradient as large as the
+# output layer's weights to those of the others, which has to be little beside its own work: that
+# grows with the tokens, and takes up to this many where the layer is not narrow.
 _BYTES = 16 << 20
 _TOKENS = 256
 
@@ -122,7 +123,7 @@ def chunked_cross_entropy(
     """
     counted = targets != ignore_index
     hidden, targets = hidden[counted], targets[counted]
-    size = tokens_in_a_chunk(classes, hidden.dtype)
+    size = tokens_in_a_chunk(classes, hidden)
     pieces = list(zip(hidden.split(size), targets.split(size), strict=True))
     if len(pieces) == 1:
         total = _sum_of_chunk(logits_of, ignore_index, hidden, targets, *tensors)
@@ -132,9 +133,10 @@ def chunked_cross_entropy(
     return total / len(targets) if reduction == "mean" else total
 
 
-def tokens_in_a_chunk(classes: int, dtype: torch.dtype) -> int:
+def tokens_in_a_chunk(classes: int, hidden: Tensor) -> int:
     """How many tokens' logits are made at once."""
-    return max(_TOKENS, _BYTES // (max(classes, 1) * max(dtype.itemsize, 4)))
+    bytes_of_one = max(classes, 1) * max(hidden.dtype.itemsize, 4)
+    return max(min(hidden.shape[-1], _TOKENS), _BYTES // bytes_of_one, 1)
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

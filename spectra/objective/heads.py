@@ -41,6 +41,22 @@ class _ReachedError(Exception):
     """The forward pass has come to the head."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A layer in the trial, what it was given, and the node of the graph that marks its output."""
+
+    layer: nn.Linear
+    hidden: Tensor
+    parameters: tuple[Tensor | None, ...]
+    mark: Any
+
+    def with_own_weights(self) -> bool:
+        """Whether the weights are the layer's parameters, not put in their place for the time."""
+        own = tuple(self.layer._parameters.values())
+        tensors = [t for t in (*own, *vars(self.layer).values()) if isinstance(t, Tensor)]
+        return all(map(operator.is_, own, self.parameters)) and all(t.is_leaf for t in tensors)
+
+
 @dataclass(frozen=True)
 class _Head:
     """The layer from which the logits come, and what the model does to its output."""
@@ -84,7 +100,7 @@ def token_cross_entropy(
             loss = chunked_cross_entropy(
                 head, hidden, targets, classes=classes, ignore_index=ignore_index
             )
-            return loss, f"in chunks of {tokens_in_a_chunk(classes, hidden.dtype)} tokens"
+            return loss, f"in chunks of {tokens_in_a_chunk(classes, hidden)} tokens"
     logits = _logits(model, inputs)
     loss = mean_cross_entropy(
         logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index
@@ -116,40 +132,63 @@ def _find_head(
     model: nn.Module, inputs: Mapping[str, Any], shape: torch.Size, candidates: list[nn.Linear]
 ) -> _Head:
     """The layer behind the logits, from a trial on a few tokens that leaves no trace."""
-    few = {key: _cut(key, value, shape) for key, value in inputs.items()}
-    calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
-
-    def marked(layer: nn.Linear, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        # The graph begins anew here, and at a copy: what follows may work in place.
-        mark = output.detach().requires_grad_().clone()
-        calls.append((layer, _only_argument(args, kwargs), mark))
-        return mark
-
-    handles = [m.register_forward_hook(marked, with_kwargs=True) for m in candidates]
     with gradients_on(), random_state_kept(), buffers_kept(model):
+        few = {key: _cut(key, value, shape) for key, value in inputs.items()}
         try:
-            logits = _logits(model, few)
+            logits, calls = _marked_logits(model, few, candidates)
         except Exception as error:
             msg = f"a trial on {_FEW} tokens raised {type(error).__name__}: {error}"
             raise _NoHeadError(msg) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-        node, steps = _steps_behind(logits, {mark.grad_fn for _, _, mark in calls})
-        layer, hidden = next((m, h) for m, h, mark in calls if mark.grad_fn is node)
-        if sum(m is layer for m, _, _ in calls) > 1:
+        mark, steps = _steps_behind(logits, {call.mark for call in calls})
+        call = next(call for call in calls if call.mark is mark)
+        if sum(other.layer is call.layer for other in calls) > 1:
             msg = "the layer that makes them is called more than once"
             raise _NoHeadError(msg)
-        _check_parameters(layer)
-        head = _Head(layer, steps)
+        if not call.with_own_weights():
+            msg = "the weights of the layer that makes them are not its own parameters"
+            raise _NoHeadError(msg)
+        head = _Head(call.layer, steps)
         with torch.no_grad():
-            again = head(hidden)
+            again = head(call.hidden)
     if again.shape != logits.shape or not torch.allclose(
         again, logits, rtol=0, atol=0, equal_nan=True
     ):
-        msg = f"{type(layer).__name__} and {len(steps)} steps did not give them again in a trial"
+        msg = f"the layer that makes them, and {len(steps)} steps, gave others in a trial"
         raise _NoHeadError(msg)
     return head
+
+
+def _marked_logits(
+    model: nn.Module, inputs: Mapping[str, Any], candidates: list[nn.Linear]
+) -> tuple[Tensor, list[_Call]]:
+    """Logits whose graph begins at the output of a candidate, and all calls of candidates."""
+    given: dict[nn.Linear, Tensor] = {}
+    calls: list[_Call] = []
+
+    def note(layer: nn.Linear, args: Any, kwargs: Any) -> None:
+        given[layer] = _only_argument(args, kwargs)
+
+    def mark(layer: nn.Linear, _: Any, output: Tensor) -> Tensor:
+        # A copy, because what follows may work in place.
+        marked = output.detach().requires_grad_().clone()
+        parameters = tuple(layer._parameters.values())
+        calls.append(_Call(layer, given[layer], parameters, marked.grad_fn))
+        return marked
+
+    handles = [
+        handle
+        for layer in candidates
+        for handle in (
+            # Around the layer's own hooks, which are part of it.
+            layer.register_forward_pre_hook(note, prepend=True, with_kwargs=True),
+            layer.register_forward_hook(mark),
+        )
+    ]
+    try:
+        return _logits(model, inputs), calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _cut(key: str, value: Any, shape: torch.Size) -> Any:
@@ -205,12 +244,6 @@ def _step(node: Any, dtype: torch.dtype) -> Step | None:
             apply = operator.mul if name == "MulBackward0" else operator.truediv
             return lambda x: apply(x, other)
     return None
-
-
-def _check_parameters(layer: nn.Linear) -> None:
-    if any(p is not None and not p.is_leaf for p in layer._parameters.values()):
-        msg = "the weights of the layer that makes them were computed from others"
-        raise _NoHeadError(msg)
 
 
 def _inputs_of_head(
