@@ -8,14 +8,16 @@ from, and what was done to them since (a scale, a soft cap). Everything else is 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from spectra.objective.batches import tensors_of
+from spectra.objective.chunks import Step
 from spectra.objective.cross_entropy import (
     chunked_cross_entropy,
     mean_cross_entropy,
@@ -30,8 +32,6 @@ _SMALL = 64 << 20
 # Tokens of the trial.
 _FEW = 8
 
-Step = Callable[[Tensor], Tensor]
-
 
 class _NoHeadError(Exception):
     """The logits cannot be made in chunks, for the reason that the message gives."""
@@ -43,34 +43,12 @@ class _ReachedError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """A layer in the trial, what it was given, and the node of the graph that marks its output."""
+    """What a linear layer was given, with the weights that it had then."""
 
     layer: nn.Linear
     hidden: Tensor
-    parameters: tuple[Tensor | None, ...]
-    mark: Any
-
-    def with_own_weights(self) -> bool:
-        """Whether the weights are the layer's parameters, not put in their place for the time."""
-        own = tuple(self.layer._parameters.values())
-        tensors = [t for t in (*own, *vars(self.layer).values()) if isinstance(t, Tensor)]
-        return all(map(operator.is_, own, self.parameters)) and all(t.is_leaf for t in tensors)
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The layer from which the logits come, and what the model does to its output."""
-
-    layer: nn.Linear
-    steps: tuple[Step, ...]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """The model's logits."""
-        # The module itself is called: its hooks and parametrisations belong to the model.
-        logits: Tensor = self.layer(hidden)
-        for step in self.steps:
-            logits = step(logits)
-        return logits
+    weight: Tensor
+    bias: Tensor | None
 
 
 def token_cross_entropy(
@@ -87,20 +65,25 @@ def token_cross_entropy(
         The scalar, in the dtype of the logits but at least float32; and for large logits in how
         large chunks they were made, or why they were not.
     """
-    why_not = "no nn.Linear module in the model is as wide as they are"
+    why_not = "no nn.Linear module without hooks is as wide as they are"
     candidates = [m for m in model.modules() if _is_linear(m) and _is_large(targets, m)]
     if candidates:
         try:
-            head = _find_head(model, inputs, targets.shape, candidates)
-            hidden = _inputs_of_head(model, head, inputs, targets.shape)
+            layer, steps = _find_head(model, inputs, targets.shape, candidates)
+            call = _call_of(model, layer, inputs, targets.shape)
         except _NoHeadError as reason:
             why_not = str(reason)
         else:
-            classes = head.layer.out_features
             loss = chunked_cross_entropy(
-                head, hidden, targets, classes=classes, ignore_index=ignore_index
+                call.hidden,
+                targets,
+                call.weight,
+                call.bias,
+                steps=steps,
+                ignore_index=ignore_index,
             )
-            return loss, f"in chunks of {tokens_in_a_chunk(classes, hidden)} tokens"
+            size = tokens_in_a_chunk(len(call.weight), call.hidden)
+            return loss, f"in chunks of {size} tokens"
     logits = _logits(model, inputs)
     loss = mean_cross_entropy(
         logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index
@@ -116,8 +99,11 @@ def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    # A subclass with a forward pass of its own may treat tokens together, or be no linear map.
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    """Whether calling a module is nothing else than W x + b."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
 
 
 def _is_large(targets: Tensor, layer: nn.Linear) -> bool:
@@ -130,8 +116,8 @@ def _bytes(entries: int, dtype: torch.dtype) -> int:
 
 def _find_head(
     model: nn.Module, inputs: Mapping[str, Any], shape: torch.Size, candidates: list[nn.Linear]
-) -> _Head:
-    """The layer behind the logits, from a trial on a few tokens that leaves no trace."""
+) -> tuple[nn.Linear, tuple[Step, ...]]:
+    """The layer that the logits come from and the steps to them, by a trial without a trace."""
     with gradients_on(), random_state_kept(), buffers_kept(model):
         few = {key: _cut(key, value, shape) for key, value in inputs.items()}
         try:
@@ -139,56 +125,45 @@ def _find_head(
         except Exception as error:
             msg = f"a trial on {_FEW} tokens raised {type(error).__name__}: {error}"
             raise _NoHeadError(msg) from error
-        mark, steps = _steps_behind(logits, {call.mark for call in calls})
-        call = next(call for call in calls if call.mark is mark)
-        if sum(other.layer is call.layer for other in calls) > 1:
-            msg = "the layer that makes them is called more than once"
-            raise _NoHeadError(msg)
-        if not call.with_own_weights():
-            msg = "the weights of the layer that makes them are not its own parameters"
-            raise _NoHeadError(msg)
-        head = _Head(call.layer, steps)
+        mark, steps = _steps_behind(logits, set(calls))
+        call = calls[mark]
         with torch.no_grad():
-            again = head(call.hidden)
+            again = functional.linear(call.hidden, call.weight, call.bias)
+            for step in steps:
+                again = step(again)
+    if sum(other.layer is call.layer for other in calls.values()) > 1:
+        msg = "the layer that makes them is called more than once"
+        raise _NoHeadError(msg)
     if again.shape != logits.shape or not torch.allclose(
         again, logits, rtol=0, atol=0, equal_nan=True
     ):
         msg = f"the layer that makes them, and {len(steps)} steps, gave others in a trial"
         raise _NoHeadError(msg)
-    return head
+    return call.layer, steps
 
 
 def _marked_logits(
     model: nn.Module, inputs: Mapping[str, Any], candidates: list[nn.Linear]
-) -> tuple[Tensor, list[_Call]]:
-    """Logits whose graph begins at the output of a candidate, and all calls of candidates."""
-    given: dict[nn.Linear, Tensor] = {}
-    calls: list[_Call] = []
+) -> tuple[Tensor, dict[Any, _Call]]:
+    """Logits whose graph begins at outputs of candidates, and the calls by that node."""
+    calls: dict[Any, _Call] = {}
 
-    def note(layer: nn.Linear, args: Any, kwargs: Any) -> None:
-        given[layer] = _only_argument(args, kwargs)
-
-    def mark(layer: nn.Linear, _: Any, output: Tensor) -> Tensor:
+    def mark(layer: nn.Linear, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         # A copy, because what follows may work in place.
         marked = output.detach().requires_grad_().clone()
-        parameters = tuple(layer._parameters.values())
-        calls.append(_Call(layer, given[layer], parameters, marked.grad_fn))
+        calls[marked.grad_fn] = _as_called(layer, args, kwargs)
         return marked
 
-    handles = [
-        handle
-        for layer in candidates
-        for handle in (
-            # Around the layer's own hooks, which are part of it.
-            layer.register_forward_pre_hook(note, prepend=True, with_kwargs=True),
-            layer.register_forward_hook(mark),
-        )
-    ]
+    handles = [layer.register_forward_hook(mark, with_kwargs=True) for layer in candidates]
     try:
         return _logits(model, inputs), calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _as_called(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    return _Call(layer, [*args, *kwargs.values()][0], layer.weight, layer.bias)
 
 
 def _cut(key: str, value: Any, shape: torch.Size) -> Any:
@@ -203,11 +178,6 @@ def _cut(key: str, value: Any, shape: torch.Size) -> Any:
         )
         raise _NoHeadError(msg)
     return value
-
-
-def _only_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    argument: Tensor = [*args, *kwargs.values()][0]
-    return argument
 
 
 def _steps_behind(logits: Tensor, marks: set[Any]) -> tuple[Any, tuple[Step, ...]]:
@@ -246,26 +216,25 @@ def _step(node: Any, dtype: torch.dtype) -> Step | None:
     return None
 
 
-def _inputs_of_head(
-    model: nn.Module, head: _Head, inputs: Mapping[str, Any], shape: torch.Size
-) -> Tensor:
-    """What the head is given: the forward pass ends there."""
-    found: list[Tensor] = []
+def _call_of(
+    model: nn.Module, layer: nn.Linear, inputs: Mapping[str, Any], shape: torch.Size
+) -> _Call:
+    """What the head is given on all of the data: the forward pass ends there."""
+    calls: list[_Call] = []
 
     def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-        found.append(_only_argument(args, kwargs))
+        calls.append(_as_called(layer, args, kwargs))
         raise _ReachedError
 
-    # The first of the hooks: the others see the chunks.
-    handle = head.layer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(**inputs)
     except _ReachedError:
         pass
     finally:
         handle.remove()
-    if len(found) != 1 or found[0].shape[:-1] != shape:
-        got = [tuple(hidden.shape) for hidden in found]
+    if len(calls) != 1 or calls[0].hidden.shape[:-1] != shape:
+        got = [tuple(call.hidden.shape) for call in calls]
         msg = f"the layer that makes them got {got}, expected (*{tuple(shape)}, width) once"
         raise _NoHeadError(msg)
-    return found[0]
+    return calls[0]

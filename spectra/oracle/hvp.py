@@ -20,12 +20,10 @@ from torch import Tensor
 
 from spectra.errors import ArgumentError, LossError
 from spectra.objective.objective import Objective, Part
-from spectra.objective.segments import segments_evaluated_by
 from spectra.oracle import diagnose
 from spectra.oracle.attention import differentiable_attention
 from spectra.oracle.compiled import Compiler
 from spectra.oracle.graphs import GradientGraph, GraphPolicy, Graphs
-from spectra.oracle.recompute import recompute
 
 __all__ = ["HvpOracle"]
 
@@ -68,7 +66,7 @@ class HvpOracle:
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L and its gradient, flat (n,): from kept graphs, or in a pass of ordinary gradients."""
-        with self._evaluating():
+        with self.objective.evaluating(), differentiable_attention():
             kept = self._graphs.all_kept()
             if kept is not None:
                 return self._summed(kept)
@@ -97,7 +95,7 @@ class HvpOracle:
     def value(self) -> float:
         """L alone, without any derivative."""
         value, total = 0.0, 0.0
-        with self._evaluating(), torch.no_grad():
+        with self.objective.evaluating(), differentiable_attention(), torch.no_grad():
             for part in self.objective.parts():
                 value += part.weight * float(self.objective.loss(part))
                 total += part.weight
@@ -192,7 +190,7 @@ class HvpOracle:
 
     def find_non_finite(self) -> str | None:
         """Label of the first part whose loss or gradient is not finite, if there is one."""
-        with self._evaluating():
+        with self.objective.evaluating(), differentiable_attention():
             for part in self.objective.parts():
                 loss = self.objective.loss(part)
                 gradients = self._first_derivative(part, loss, create_graph=False)
@@ -201,18 +199,9 @@ class HvpOracle:
         return None
 
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        with (
-            self.objective.evaluating(),
-            differentiable_attention(),
-            segments_evaluated_by(recompute),
-        ):
-            yield
-
-    @contextlib.contextmanager
     def _pass(self) -> Iterator[Iterator[tuple[GradientGraph, bool]]]:
         # Around the backward too: activation checkpointing runs the forward pass again there.
-        with self._evaluating():
+        with self.objective.evaluating(), differentiable_attention():
             yield self._graphs.each()
         self._graphs.settle()
 

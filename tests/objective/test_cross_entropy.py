@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from spectra import HessianOperator
-from spectra.errors import ArgumentError
+from spectra.errors import ArgumentError, DoubleBackwardError
 from spectra.objective import cross_entropy
 from spectra.objective.losses import linear_cross_entropy
-from spectra.objective.segments import segment, segments_evaluated_by
+from spectra.oracle.diagnose import graph_nodes
 from tests.cases.chunks import chunks_of
 from tests.cases.networks import dense_hessian
 
@@ -183,20 +183,6 @@ def test_a_reduction_to_no_scalar_is_refused():
         )
 
 
-def test_a_segment_is_evaluated_as_the_surroundings_say():
-    calls = []
-
-    def evaluate(function, *args):
-        calls.append(args)
-        return function(*args)
-
-    assert segment(max, 1, 2) == 2
-    with segments_evaluated_by(evaluate):
-        assert segment(max, 3, 4) == 4
-    assert segment(max, 5, 6) == 6
-    assert calls == [(3, 4)]
-
-
 @pytest.mark.parametrize(
     ("classes", "width", "dtype", "tokens"),
     [
@@ -215,12 +201,75 @@ def test_a_chunk_is_small_but_not_beside_the_weights(classes, width, dtype, toke
     assert cross_entropy.tokens_in_a_chunk(classes, hidden) == tokens
 
 
-def test_few_logits_are_no_segment():
-    def refuse(*_):
-        raise AssertionError("a segment")
+def test_few_logits_are_left_to_autograd():
+    hidden = torch.ones(257, 2, requires_grad=True)
 
-    with segments_evaluated_by(refuse):
-        linear_cross_entropy(torch.ones(256, 2), torch.ones(4, 2), torch.zeros(256).long())
+    def nodes(tokens):
+        loss = linear_cross_entropy(hidden[:tokens], torch.ones(4, 2), torch.zeros(tokens).long())
+        return {node.name() for node in graph_nodes([loss])}
+
+    assert "NllLossBackward0" in nodes(257)
+    with chunks_of(256):
+        assert "NllLossBackward0" in nodes(256)
+        assert "_SumBackward" in nodes(257)
+
+
+@pytest.mark.parametrize("steps", [(), (lambda x: x * 0.5,), (lambda x: x * 2, torch.tanh)])
+@pytest.mark.parametrize("chosen", [(0, 1, 2), (0, 1), (1, 2), (0,), (1,), (2,)])
+def test_differences_of_values_and_gradients_agree_with_the_derivatives(steps, chosen):
+    g = torch.Generator().manual_seed(6)
+    tensors = [torch.randn(*s, generator=g, dtype=torch.float64) for s in ((5, 2), (3, 2), (3,))]
+    targets = torch.tensor([0, 2, -100, 1, 1])
+    for place in chosen:
+        tensors[place].requires_grad_()
+
+    def loss(hidden, weight, bias):
+        return cross_entropy.chunked_cross_entropy(
+            hidden, targets, weight, bias, steps=steps, ignore_index=-100
+        )
+
+    with chunks_of(2):
+        assert torch.autograd.gradcheck(loss, tensors)
+        assert torch.autograd.gradgradcheck(loss, tensors)
+
+
+def test_a_function_of_the_loss_has_its_derivatives():
+    model, batch = tied()
+
+    def of(loss):
+        return operator(model, [batch], lambda *args: torch.exp(-(loss(*args) ** 2)))
+
+    with chunks_of(3):
+        assert_equal(of(linear_cross_entropy).to_dense(), of(plain).to_dense())
+
+
+def test_a_third_derivative_is_refused():
+    weight = torch.ones(4, 2, requires_grad=True)
+    with chunks_of(1):
+        loss = linear_cross_entropy(torch.ones(3, 2), weight, torch.arange(3))
+        (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+        with pytest.raises(DoubleBackwardError, match=r"in chunks.*twice but no more"):
+            torch.autograd.grad(first.sum(), weight, create_graph=True)
+
+
+def test_autocast_has_the_precision_that_it_has_for_all_logits_at_once():
+    model, batch = tied()
+    model.float()
+
+    def of(loss):
+        def under_autocast(*args):
+            with torch.autocast("cpu", torch.bfloat16):
+                return loss(*args)
+
+        return operator(model, [batch], under_autocast)
+
+    exact = operator(model, [batch], plain).to_dense()
+    expected = of(plain).to_dense()
+    with chunks_of(3):
+        found = of(linear_cross_entropy).to_dense()
+    off = float((expected - exact).norm())
+    assert off > 1e-3 * float(exact.norm())
+    assert float((found - exact).norm()) < 1.5 * off
 
 
 # The peak that a product adds to what the process held before, in MB.

@@ -264,7 +264,7 @@ def test_where_no_linear_layer_makes_the_logits_they_stay_whole(model, why):
 def test_without_any_wide_linear_layer_there_is_no_trial():
     model = Functional()
     model.inner, model.head = nn.Identity(), None
-    assert_at_once(model, padded(), "no nn.Linear module in the model is as wide as they are")
+    assert_at_once(model, padded(), "no nn.Linear module without hooks is as wide as they are")
 
 
 @pytest.mark.parametrize(
@@ -286,39 +286,44 @@ def test_inputs_that_cannot_be_cut_leave_the_logits_whole(others, why):
     assert_at_once(More(), [batch(**others)], why)
 
 
-def test_weights_that_stand_in_for_a_call_leave_the_logits_whole():
+def test_weights_that_stand_in_for_a_call_have_their_derivatives():
     class Generated(nn.Module):
         def __init__(self):
             super().__init__()
             self.tiny = Tiny()
-            self.weight = nn.Parameter(self.tiny.head.weight.detach().clone())
+            self.weight = nn.Parameter(torch.ones(VOCABULARY, 4, dtype=torch.float64))
 
-        def forward(self, input_ids):
-            # Of the same values, so that the logits of the trial do not tell.
-            weights = {"head.weight": torch.clone(self.weight)}
+        def forward(self, input_ids, attention_mask=None):
+            weights = {"head.weight": torch.sin(self.weight) * self.tiny.embedding.weight}
             return functional_call(self.tiny, weights, (input_ids,))
 
-    assert_at_once(
-        Generated(), [batch()], "the weights of the layer that makes them are not its own"
-    )
+    assert_chunked(Generated(), padded())
 
 
-def test_a_parametrised_head_is_computed_in_its_chunks():
-    class Symmetric(nn.Module):
+def test_a_parametrised_head_has_the_derivatives_of_its_parameters():
+    class Sine(nn.Module):
         def forward(self, weight):
             return torch.sin(weight)
 
     model = Tiny()
-    parametrize.register_parametrization(model.head, "weight", Symmetric())
+    parametrize.register_parametrization(model.head, "weight", Sine())
     assert_chunked(model, padded())
 
 
-def test_hooks_of_the_head_do_their_work_once_in_every_chunk():
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head: head.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
+        lambda head: head.register_forward_hook(lambda _module, _args, output: output**2),
+        lambda head: head.register_full_backward_hook(lambda *_: None),
+        lambda head: setattr(head, "forward", lambda x: nn.Linear.forward(head, x) ** 2),
+    ],
+)
+def test_a_head_with_hooks_or_a_forward_pass_of_its_own_leaves_the_logits_whole(change):
     model = Tiny()
-    model.head.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
-    model.head.register_forward_hook(lambda _module, _args, output: output + 1 + output**2)
-    model.head.forward = nn.Linear.forward.__get__(model.head)
-    assert_chunked(model, padded())
+    model.inner = nn.Identity()
+    change(model.head)
+    assert_at_once(model, padded(), "no nn.Linear module without hooks is as wide as they are")
 
 
 def test_a_head_that_is_exchanged_is_found_again():
