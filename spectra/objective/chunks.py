@@ -12,6 +12,7 @@ takes 9, and 7 instead of 6 on a kept graph.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,6 +173,12 @@ class _Gradient(torch.autograd.Function):
         if torch.is_grad_enabled():
             msg = "a cross-entropy in chunks can be differentiated twice but no more"
             raise DoubleBackwardError(msg)
+        if _is_traced():
+            msg = (
+                "a cross-entropy in chunks is not compiled, because logits that do not depend on "
+                "the vector would be kept for all tokens"
+            )
+            raise DoubleBackwardError(msg)
         if along_x is None and along_weight is None and along_bias is None:
             return (None,) * 6
         cotangent, hidden, weight, bias = ctx.saved_tensors
@@ -190,6 +197,13 @@ class _Gradient(torch.autograd.Function):
             sums.add(place, residuals, vectors, along_weight)
             sums.add_to_bias(change)
         return None, None, by_cotangent, *sums.finished()
+
+
+def _is_traced() -> bool:
+    """Whether operations are being recorded for a compiler, rather than only carried out."""
+    # Who traces has imported it; others need not wait for that.
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return tracer is not None and tracer.get_proxy_mode() is not None
 
 
 def _along(

@@ -111,8 +111,11 @@ def chunked_cross_entropy(
     reduction: str = "mean",
 ) -> Tensor:
     """`linear_cross_entropy` of logits to which some steps are applied first, unchecked."""
-    counted = targets != ignore_index
-    hidden, targets = hidden[counted], targets[counted]
+    targets = targets.reshape(-1)
+    # Places, because a mask would be turned into them anew in every derivative.
+    counted = (targets != ignore_index).nonzero().squeeze(-1)
+    hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, counted)
+    targets = targets.index_select(0, counted)
     hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
     total = sum_in_chunks(
         hidden,
