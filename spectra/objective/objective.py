@@ -268,6 +268,7 @@ class ModelObjective:
         self.microbatch = microbatch
         self._data = reiterable(data, hold_data=hold_data)
         self._num_batches: int | None = None
+        self._loss_head: str | None = None
         self._allow_training_mode = allow_training_mode
         selected = select_parameters(model, params)
         self.parameters = self.stored = list(selected.values())
@@ -337,7 +338,12 @@ class ModelObjective:
             what = f"evaluating {self.function_name} on {part.label}"
             refused = random_draws_refused(self.space.device, what, _EVAL_OR_ALLOW)
         with refused:
-            return _checked_loss(lambda: self._loss(self.model, part.batch), part)
+            value = _checked_loss(lambda: self._loss(self.model, part.batch), part)
+        # Of the losses that make logits in chunks: what they did on the last batch that was large.
+        head = getattr(self._loss, "loss_head", None)
+        if isinstance(head, str):
+            self._loss_head = head
+        return value
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -378,11 +384,13 @@ class ModelObjective:
 
     def describe(self) -> dict[str, Any]:
         """The model, loss and data by name and size; under "notes" what is to be known of them."""
+        head = {} if self._loss_head is None else {"loss_head": self._loss_head}
         description: dict[str, Any] = {
             "objective": "model",
             "model": type(self.model).__name__,
             "model_parameters": sum(p.numel() for p in self.model.parameters()),
             "loss": self._loss_name,
+            **head,
             "reduction": self.reduction,
             "batches": self._num_batches,
             "microbatch": self.microbatch,

@@ -101,7 +101,12 @@ def test_the_loss_and_its_gradient_stand_beside_a_hessian():
 
 
 def test_graphs_that_were_not_kept_are_said():
-    model, loss, data = tanh_mlp(), spectra.losses.supervised(torch.nn.CrossEntropyLoss()), [wine()]
+    criterion = spectra.losses.supervised(torch.nn.CrossEntropyLoss())
+    model, data = tanh_mlp(), [wine()]
+
+    def loss(model, batch):
+        return criterion(model, batch)
+
     small = {"k": 2, "steps": 5, "probes": 2}
     kept = spectra.analyze(spectra.HessianOperator(model, loss, data), **small)
     assert not any("graphs" in note for note in kept.notes)
@@ -109,6 +114,8 @@ def test_graphs_that_were_not_kept_are_said():
     assert any(
         "graphs of 0 of 1 batches were kept" in n for n in spectra.analyze(poor, **small).notes
     )
+    split = spectra.HessianOperator(model, criterion, data, memory_budget=0)
+    assert any("split into parts of" in n for n in spectra.analyze(split, **small).notes)
     asked = spectra.HessianOperator(model, loss, data, graph="fresh")
     assert not any("graphs" in note for note in spectra.analyze(asked, **small).notes)
 

@@ -8,10 +8,11 @@ from torch import nn
 
 from spectra import HessianOperator, analyze
 from spectra.errors import ArgumentError
-from spectra.objective.losses import supervised
+from spectra.objective.losses import causal_lm, supervised
 from spectra.oracle import compiled
 from spectra.oracle.compiled import CompiledProduct
-from tests.cases.networks import tanh_mlp, wine
+from tests.cases.chunks import chunks_of
+from tests.cases.networks import TinyGPT, tanh_mlp, wine
 
 LOSS = supervised(nn.CrossEntropyLoss())
 
@@ -216,3 +217,16 @@ def test_a_block_is_compiled_as_the_whole(no_compiler):
     for _ in range(3):
         torch.testing.assert_close(block @ vector(block), exact @ vector(exact))
     assert block.describe()["compiled"]["parts"] == 2
+
+
+def test_a_cross_entropy_in_chunks_is_not_compiled(compiled_is_faster):
+    model, data = TinyGPT(), [{"input_ids": torch.arange(14).view(2, 7) % 7}]
+    with chunks_of(5):
+        expected = HessianOperator(model, causal_lm(), data)
+        hessian = HessianOperator(model, causal_lm(), data, compile=True)
+        for seed in range(3):
+            v = vector(hessian, seed)
+            assert torch.equal(hessian @ v, expected @ v)
+    described = hessian.describe()["compiled"]
+    assert described["parts"] == 0
+    assert "a cross-entropy in chunks is not compiled" in described["refused"][0]
