@@ -29,16 +29,37 @@ def free_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
     # In a container the machine's memory is not what the process may use.
-    limit, used = _lines(_CGROUP / "memory.max"), _lines(_CGROUP / "memory.current")
-    if limit and used and limit[0].isdecimal():
-        taken = int(used[0]) - _cached_files()
-        free = min(free, max(0, int(limit[0]) - taken))
+    for group in _groups():
+        limit = _number(group, "memory.max", "memory.limit_in_bytes")
+        used = _number(group, "memory.current", "memory.usage_in_bytes")
+        if limit is not None and used is not None:
+            free = min(free, max(0, limit - used + _cached_files(group)))
     return free
 
 
-def _cached_files() -> int:
-    """What of the container's memory holds pages of files, which give way to anything else."""
-    counts = dict(line.split() for line in _lines(_CGROUP / "memory.stat"))
+def _groups() -> list[Path]:
+    """The control groups of this process, of either version, as far as they can be seen."""
+    found = [_CGROUP, _CGROUP / "memory"]
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, controllers, place = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            root = _CGROUP / "memory" if controllers else _CGROUP
+            found.append(root / place.strip("/"))
+    return found
+
+
+def _number(group: Path, *names: str) -> int | None:
+    """The first of some files that holds a number."""
+    for name in names:
+        lines = _lines(group / name)
+        if lines and lines[0].isdecimal():
+            return int(lines[0])
+    return None
+
+
+def _cached_files(group: Path) -> int:
+    """What of a group's memory holds pages of files, which give way to anything else."""
+    counts = dict(line.split() for line in _lines(group / "memory.stat"))
     return int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
 
 
