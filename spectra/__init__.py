@@ -24,6 +24,7 @@ from spectra.algorithms.norms import norm
 from spectra.algorithms.solve import Solution, solve
 from spectra.algorithms.trace import trace
 from spectra.analysis.analyze import Analysis, analyze
+from spectra.analysis.preflight import Preflight, check
 from spectra.errors import SpectraError
 from spectra.objective import losses
 from spectra.objective.parameters import ParameterSpace
@@ -43,11 +44,13 @@ __all__ = [
     "Estimate",
     "HessianOperator",
     "ParameterSpace",
+    "Preflight",
     "Solution",
     "SpectraError",
     "SpectralDensity",
     "analyze",
     "as_operator",
+    "check",
     "data_spread",
     "diagonal",
     "effective_dimension",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -13,6 +14,7 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -26,11 +28,11 @@ import torch
 from spectra.analysis import storage
 from spectra.analysis.analyze import Analysis, analyze
 from spectra.analysis.budget import parse_budget
+from spectra.analysis.preflight import check
 from spectra.errors import ArgumentError, ArgumentTypeError, SpectraError, TargetError
 from spectra.objective.memory import memory_ran_out
 from spectra.operators.base import SymmetricOperator
 from spectra.operators.hessian import HessianOperator
-from spectra.oracle.graphs import GraphPolicy
 from spectra.results import versions
 
 __all__ = ["main"]
@@ -75,6 +77,7 @@ _TASKS = {
     "masked": _LANGUAGE,
     "classify": ("tokens_per_sequence", "rows_per_batch", "dtype", "device"),
 }
+_OPERATOR_OPTIONS = ("graph", "memory_budget", "recompute", "compute_dtype", "microbatch")
 _MODEL_OPTIONS = tuple(dict.fromkeys(name for names in _TASKS.values() for name in names))
 
 
@@ -111,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if memory_ran_out(error):
             advice = (
-                "; try --microbatch, fewer parameters (--params), a smaller basis (--ncv), or one "
-                "on disk (--basis disk)"
+                "; try --memory-budget, --microbatch, fewer parameters (--params), a smaller basis "
+                "(--ncv), or one on disk (--basis disk)"
             )
             return _fail(error, _FAILED, advice)
         traceback.print_exc()
@@ -190,6 +193,26 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
         say=say,
         as_json=arguments.json,
     )
+
+
+def _check(arguments: argparse.Namespace) -> Callable[[], int]:
+    _check_kind(arguments)
+    say = _silent if arguments.json else _say
+    with _stdout_to_stderr(arguments.json):
+        if arguments.hf:
+            operator, title, _ = _from_text(arguments, say)
+        else:
+            operator, title, _ = _from_target(arguments)
+
+    def run() -> int:
+        say(f"One gradient and two products of the Hessian of {title} …\n")
+        with _stdout_to_stderr(arguments.json):
+            found = check(operator, seed=arguments.seed)
+        numbers = dataclasses.asdict(found)
+        _say(json.dumps(numbers, indent=1, allow_nan=False) if arguments.json else str(found))
+        return _CONVERGED
+
+    return run
 
 
 def _report(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -299,14 +322,7 @@ def _from_text(
             f"{terms:,} tokens of {arguments.text} are predicted, in {source['sequences']} "
             "sequences\n"
         )
-    operator = HessianOperator(
-        model,
-        loss,
-        data,
-        arguments.params,
-        graph=arguments.graph or "auto",
-        microbatch=arguments.microbatch,
-    )
+    operator = HessianOperator(model, loss, data, arguments.params, **_means(arguments))
     return operator, f"{arguments.hf.resolve().name} on {arguments.text.name}", source
 
 
@@ -330,10 +346,10 @@ def _from_target(arguments: argparse.Namespace) -> tuple[SymmetricOperator, str,
     made = _call_target(target)
     source = {"target": target}
     if isinstance(made, SymmetricOperator):
-        if arguments.graph or arguments.microbatch:
+        if settled := [f"--{name.replace('_', '-')}" for name in _means(arguments)]:
             msg = (
-                f"{target} returned an operator, which has --graph and --microbatch settled; "
-                "return (model, loss, data), or set them there"
+                f"{target} returned an operator, which has {' and '.join(settled)} settled; "
+                "return (model, loss, data), or set it there"
             )
             raise TargetError(msg)
         if params is None:
@@ -351,11 +367,16 @@ def _from_target(arguments: argparse.Namespace) -> tuple[SymmetricOperator, str,
         msg = f"{target} returned {what}, expected a HessianOperator or (model, loss, data)"
         raise TargetError(msg)
     model, loss, data = made
-    graph: GraphPolicy = arguments.graph or "auto"
-    operator = HessianOperator(
-        model, loss, data, params, graph=graph, microbatch=arguments.microbatch
-    )
-    return operator, target, source
+    return HessianOperator(model, loss, data, params, **_means(arguments)), target, source
+
+
+def _means(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options given for the operator, as keywords of `HessianOperator`."""
+    chosen = {name: getattr(arguments, name) for name in _OPERATOR_OPTIONS}
+    options = {name: value for name, value in chosen.items() if value is not None}
+    if "compute_dtype" in options:
+        options["compute_dtype"] = getattr(torch, options["compute_dtype"])
+    return options
 
 
 def _call_target(target: str) -> Any:
@@ -512,6 +533,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_analyze_options(analysis)
     analysis.set_defaults(prepare=_analyze)
 
+    preflight = add(
+        "check", help="what an analysis of a model of yours will take", description=_TARGET
+    )
+    _add_check_options(preflight)
+    preflight.set_defaults(prepare=_check)
+
     report = add("report", help="make the figures and report.html of a saved run again")
     report.add_argument("directory", type=Path, metavar="DIR", help="what --out was")
     report.set_defaults(prepare=_report)
@@ -537,6 +564,15 @@ def _add_analyze_options(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print run.json, and nothing else, on stdout")
     _add_questions(parser.add_argument_group("what is computed"))
     _add_means(parser.add_argument_group("how"))
+    _add_model(parser.add_argument_group("a model of Hugging Face's instead of TARGET"))
+
+
+def _add_check_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("target", nargs="?", metavar="TARGET", help="file.py:function or package.module:function")
+    add("--json", action="store_true", help="print the numbers, and nothing else, on stdout")
+    add("--seed", type=_natural, default=0, help="of two random vectors (default: 0)")
+    _add_operator(parser.add_argument_group("how"))
     _add_model(parser.add_argument_group("a model of Hugging Face's instead of TARGET"))
 
 
@@ -574,6 +610,19 @@ def _add_questions(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_means(group: argparse._ArgumentGroup) -> None:
+    _add_operator(group)
+    add = group.add_argument
+    add("--ncv", type=_positive, metavar="N", help="most vectors to hold (default: by free memory)")
+    add(
+        "--basis",
+        choices=("auto", "device", "host", "disk"),
+        default="auto",
+        help="where they are held: on the device, in the host's memory, or in a temporary file on "
+        "disk (default: auto, where there is room)",
+    )
+
+
+def _add_operator(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--params",
@@ -587,15 +636,24 @@ def _add_means(group: argparse._ArgumentGroup) -> None:
         help="retained: a third faster, memory of all batches; fresh: memory of one (default: "
         "auto, as many batches as half of the free memory holds)",
     )
-    add("--microbatch", type=_positive, metavar="N", help="samples at a time, to bound memory")
-    add("--ncv", type=_positive, metavar="N", help="most vectors to hold (default: by free memory)")
     add(
-        "--basis",
-        choices=("auto", "device", "host", "disk"),
-        default="auto",
-        help="where they are held: on the device, in the host's memory, or in a temporary file on "
-        "disk (default: auto, where there is room)",
+        "--memory-budget",
+        type=_bytes,
+        metavar="SIZE",
+        help="for graphs and the work on a batch, such as 4GB (default: half of the free memory)",
     )
+    add(
+        "--recompute",
+        metavar="GLOB",
+        help="modules to compute again instead of keeping them, such as 'layers.*'; or none "
+        "(default: auto, the repeated blocks where memory is short)",
+    )
+    add(
+        "--compute-dtype",
+        choices=("float32", "float64"),
+        help="in which a model stored in another dtype computes, block by block",
+    )
+    add("--microbatch", type=_positive, metavar="N", help="samples at a time, to bound memory")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
@@ -621,6 +679,14 @@ def _natural(text: str, least: int = 0) -> int:
             return number
     msg = f"{text!r} is not an integer of at least {least}"
     raise argparse.ArgumentTypeError(msg)
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", text.strip().lower())
+    if found is None:
+        msg = f"{text!r} is no size in bytes, such as 500MB or 4GB"
+        raise argparse.ArgumentTypeError(msg)
+    return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
 
 
 def _budget(text: str) -> str:

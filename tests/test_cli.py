@@ -479,6 +479,26 @@ def test_how_products_are_computed_does_not_change_the_answer(place, undrawn):
     )
 
 
+def test_check_says_what_an_analysis_will_take(place, capsys):
+    assert cli.main(["check", "targets.py:problem"]) == 0
+    shown = capsys.readouterr().out
+    assert "a product of n = 39 takes" in shown
+    assert "analyze(H)" in shown
+    assert cli.main(["check", "targets.py:problem", "--json", "--memory-budget", "3kB"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["n"] == 39
+    assert found["provenance"]["operator"]["microbatch"] is not None
+
+
+def test_the_means_of_the_operator_arrive(place, undrawn):
+    out = place / "run"
+    arguments = ["--compute-dtype", "float64", "--memory-budget", "2 GiB", "--recompute", "none"]
+    assert cli.main(["analyze", "targets.py:problem", "--out", str(out), *arguments]) == 0
+    described = json.loads((out / "run.json").read_text("utf-8"))["provenance"]["operator"]
+    assert described["compute_dtype"] == "float64"
+    assert described["dtype"] == "float64"
+
+
 def test_the_smallest_eigenvalues_can_be_asked_for(place, undrawn):
     summary = analyzed("targets.py:problem", "--top", "2", "--which", "SA", "--ncv", "20")
     exact = dense_eigenvalues(place)[:2][::-1]
@@ -602,8 +622,8 @@ def test_a_figure_that_fails_costs_no_result(place, monkeypatch, capsys):
         ("targets.py:generator", "which can be read only once"),
         ("targets.py:problem --params 2.wieght", "no parameter matches '2.wieght'. Near matches"),
         ("targets.py:matrix --params *", "which has no parameters to select"),
-        ("targets.py:operator --graph retained", "which has --graph and --microbatch settled"),
-        ("targets.py:operator --microbatch 3", "which has --graph and --microbatch settled"),
+        ("targets.py:operator --graph retained", "which has --graph settled; return"),
+        ("targets.py:operator --microbatch 3", "which has --microbatch settled; return"),
         ("targets.py:problem --top 40", "--top 40, but there are only 39 parameters"),
         ("targets.py:problem --top 5 --budget 12", "the budget holds 12 matvecs, of which 5"),
         ("targets.py:problem --top 5 --ncv 5", "ncv=5 is too small for k=5"),

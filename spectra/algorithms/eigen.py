@@ -292,7 +292,7 @@ def eigsh(
         )
         raise ArgumentError(msg)
     generator = probes.seeded(seed)
-    place, capacity = _placed(space, target.expected, ncv, memory_budget, basis)
+    place, capacity = placed_basis(space, target.expected, ncv, memory_budget, basis)
     start = None if v0 is None else _start_vector(operator, v0)
     before = operator.matvecs
     krylov = Krylov(operator, capacity, generator, start, place=place)
@@ -425,7 +425,7 @@ def _usual_size(space: VectorSpace, k: int) -> int:
     return min(space.n, max(8 * k, 80, min(_FREE_BYTES // space.vector_bytes, _FREE_VECTORS)))
 
 
-def _placed(
+def placed_basis(
     space: VectorSpace, k: int, ncv: int | None, memory_budget: int | None, basis: Basis
 ) -> tuple[Place, int]:
     """Where to hold how many basis vectors."""

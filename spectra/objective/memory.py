@@ -12,7 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["SavedBytes", "free_bytes", "held_bytes", "in_words", "memory_ran_out", "peak_bytes"]
+__all__ = [
+    "Peak",
+    "SavedBytes",
+    "free_bytes",
+    "held_bytes",
+    "in_words",
+    "memory_ran_out",
+    "peak_bytes",
+]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -90,6 +98,40 @@ def peak_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Peak:
+    """The most bytes held within a context, above what was held before.
+
+    Attributes
+    ----------
+    bytes
+        After the context; None where the system does not tell.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held = 0
+        self.bytes: int | None = None
+
+    def __enter__(self) -> Peak:
+        self._held = held_bytes(self._device)
+        _forget_peak(self._device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        peak = peak_bytes(self._device)
+        # A peak that lies before the context tells nothing of it.
+        self.bytes = peak - self._held if peak > 0 else None
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Let `peak_bytes` count from now on, where the system allows that."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 class SavedBytes:

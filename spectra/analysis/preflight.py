@@ -1,0 +1,283 @@
+"""What will a run take, and is the operator what it should be? Asked before hours are spent."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectra.algorithms import probes
+from spectra.algorithms.eigen import placed_basis
+from spectra.objective.memory import Peak, free_bytes, in_words
+from spectra.operators.base import SymmetricOperator, as_operator
+from spectra.operators.hessian import HessianOperator
+from spectra.results import Result, versions
+
+__all__ = ["Forecast", "Preflight", "check"]
+
+# Products that the questions took on networks and on spectra that imitate them, with defaults and
+# everything included (docs/benchmarks.md, docs/real_models.md, experiments/benchmarks/README.md).
+_PRODUCTS = {
+    "eigsh(H, k=1)": (1, 13, 30),
+    "eigsh(H, k=10)": (10, 32, 100),
+    "trace(H, deflate=pairs)": (0, 20, 110),
+    "spectral_density(H, deflate=pairs)": (10, 60, 60),
+    "analyze(H)": (10, 97, 280),
+}
+_SLOW = 1.0
+# Relative noise of a product that is said: a hundred times that of single precision.
+_NOISY = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast(Result):
+    """What one question will take.
+
+    Attributes
+    ----------
+    question
+        As it is called.
+    matvecs, seconds
+        (least, most) of what networks took; the seconds are the matvecs at the measured speed.
+    basis_vectors, basis_bytes, basis_place
+        The largest basis that it will hold, and where: "device", "host" or "disk".
+    """
+
+    question: str
+    matvecs: tuple[int, int]
+    seconds: tuple[float, float]
+    basis_vectors: int
+    basis_bytes: int
+    basis_place: str
+
+
+@dataclass(frozen=True, eq=False)
+class Preflight(Result):
+    """What a product takes, what runs will take, and what to do about it.
+
+    Attributes
+    ----------
+    n
+        Length of the vectors.
+    gradient_seconds
+        Of loss and gradient in one pass; None for an operator that is no Hessian, and for one that
+        has products behind it, whose graphs give it away.
+    first_seconds, seconds
+        Of the first product, which builds what is kept, and of the next one.
+    peak_bytes
+        The most memory that these took above what was held before; None where the system does not
+        tell. Vectors that the caller holds are not in it.
+    kept_bytes
+        Held between products: graphs. None where it is not known.
+    free_bytes
+        Of memory, on the operator's device, before the first product.
+    symmetry_defect
+        |uᵀHv − vᵀHu| / (‖Hu‖ ‖v‖) for random u and v: what the noise of the products does to it.
+    forecasts
+        What the questions will take.
+    advice
+        What to change, if anything.
+    """
+
+    n: int
+    gradient_seconds: float | None
+    first_seconds: float
+    seconds: float
+    peak_bytes: int | None
+    kept_bytes: int | None
+    free_bytes: int
+    symmetry_defect: float
+    forecasts: tuple[Forecast, ...]
+    advice: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"a product of n = {self.n:,} takes {_time(self.seconds)}"
+            f" (the first one {_time(self.first_seconds)})"
+        ]
+        if self.gradient_seconds is not None:
+            ratio = self.seconds / max(self.gradient_seconds, 1e-9)
+            lines[0] += f", {ratio:.2g} times loss and gradient"
+        memory = []
+        if self.peak_bytes is not None:
+            memory.append(f"{in_words(self.peak_bytes)} at its peak")
+        if self.kept_bytes is not None:
+            memory.append(f"{in_words(self.kept_bytes)} kept between products")
+        memory.append(f"{in_words(self.free_bytes)} were free")
+        lines.append(f"memory: {', '.join(memory)}")
+        lines.append(f"symmetry defect {self.symmetry_defect:.1g}")
+        lines += _choices(self.provenance.get("operator", {}))
+        lines.append("")
+        width = max(len(forecast.question) for forecast in self.forecasts)
+        lines.append(f"{'':{width}}  {'matvecs':>9}  {'time':>18}  largest basis")
+        for f in self.forecasts:
+            low, high = (_time(s) for s in f.seconds)
+            matvecs = f"{f.matvecs[0]}-{f.matvecs[1]}"
+            basis = f"{in_words(f.basis_bytes)}, {f.basis_place}" if f.basis_vectors else "-"
+            if f.matvecs[0] == f.matvecs[1]:
+                matvecs, span = str(f.matvecs[0]), low
+            else:
+                span = f"{low} to {high}"
+            lines.append(f"{f.question:{width}}  {matvecs:>9}  {span:>18}  {basis}")
+        lines += [f"advice: {advice}" for advice in self.advice]
+        return "\n".join(lines)
+
+
+def check(H: Any, *, seed: int = 0) -> Preflight:
+    """What a product of an operator takes, and what the questions will.
+
+    Costs one gradient (two where they are fast) and two matvecs, after which the operator is warm:
+    what was decided and kept in them serves the run that follows.
+
+    Parameters
+    ----------
+    H
+        An operator, a torch or NumPy matrix, a SciPy sparse matrix or LinearOperator.
+    seed
+        Of the two random vectors.
+
+    Returns
+    -------
+    Preflight
+        Measured time and memory of a product; for every question the products that networks took
+        with default options, their time at the measured speed, and where its basis will be. The
+        number of products depends on the spectrum, which is not known yet.
+
+    Raises
+    ------
+    SpectraError
+        What a product raises: see `HessianOperator`.
+    """
+    operator = as_operator(H)
+    space, device = operator.space, operator.space.device
+    generator = probes.seeded(seed)
+    free = free_bytes(device)
+    gradient_seconds = None
+    if isinstance(operator, HessianOperator):
+        gradient_seconds = _gradient_seconds(operator)
+    u, v = probes.sphere(space, generator), probes.sphere(space, generator)
+    peak = Peak(device)
+    with peak:
+        first_seconds, hu = _timed(device, lambda: operator.apply(u))
+        seconds, hv = _timed(device, lambda: operator.apply(v))
+    described = operator.describe()
+    scale = max(space.norm(hu), space.norm(hv)) or 1.0
+    defect = abs(space.inner(u, hv) - space.inner(v, hu)) / scale
+    forecasts = tuple(
+        _forecast(operator, question, k, (low, high), seconds)
+        for question, (k, low, high) in _PRODUCTS.items()
+        if k <= space.n
+    )
+    return Preflight(
+        n=space.n,
+        gradient_seconds=gradient_seconds,
+        first_seconds=first_seconds,
+        seconds=seconds,
+        peak_bytes=peak.bytes,
+        kept_bytes=described.get("graphs", {}).get("bytes"),
+        free_bytes=free,
+        symmetry_defect=defect,
+        forecasts=forecasts,
+        advice=tuple(_advice(operator, described, forecasts, seconds, defect)),
+        provenance={"operator": described, "seed": seed, "versions": versions()},
+    )
+
+
+def _timed(device: torch.device, product: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    start = time.perf_counter()
+    result = product()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def _gradient_seconds(operator: HessianOperator) -> float | None:
+    """Of an ordinary pass over the data."""
+    if operator.matvecs:
+        # Kept graphs would give it away for nothing.
+        return None
+    first, _ = _timed(operator.space.device, operator.gradient)
+    # What a process does for the first time is not counted where it is most of it.
+    return first if first > _SLOW else _timed(operator.space.device, operator.gradient)[0]
+
+
+def _forecast(
+    operator: SymmetricOperator,
+    question: str,
+    k: int,
+    matvecs: tuple[int, int],
+    seconds: float,
+) -> Forecast:
+    space = operator.space
+    place, count = ("device", 0) if k == 0 else placed_basis(space, k, None, None, "auto")
+    low, high = (min(number, space.n + k + 1) for number in matvecs)
+    return Forecast(
+        question=question,
+        matvecs=(low, high),
+        seconds=(low * seconds, high * seconds),
+        basis_vectors=count,
+        basis_bytes=count * space.vector_bytes,
+        basis_place=place,
+    )
+
+
+def _choices(described: dict[str, Any]) -> list[str]:
+    """What the first product has decided, in words."""
+    lines = []
+    graphs = described.get("graphs")
+    if graphs is not None:
+        lines.append(f"graphs of {graphs['retained']} of {graphs['parts']} batches are kept")
+    recompute = described.get("recompute", {})
+    if recompute.get("blocks"):
+        lines.append(f"{recompute['blocks']} blocks are recomputed")
+    lines += [f"because {reason}" for reason in recompute.get("because", ())]
+    for key in ("attention", "loss_head", "compute_dtype", "microbatch"):
+        if described.get(key) is not None:
+            lines.append(f"{key.replace('_', ' ')}: {described[key]}")
+    return lines
+
+
+def _advice(
+    operator: SymmetricOperator,
+    described: dict[str, Any],
+    forecasts: tuple[Forecast, ...],
+    seconds: float,
+    defect: float,
+) -> list[str]:
+    advice = []
+    # Between random vectors noise of a product shows divided by √n.
+    if defect * math.sqrt(operator.space.n) > _NOISY:
+        advice.append(
+            "products are noisy or unsymmetric, by a share of "
+            f"{defect * math.sqrt(operator.space.n):.1g}: smaller eigenvalues, relative to the "
+            "norm, mean nothing. If the model is in half precision, use compute_dtype=torch.float32"
+        )
+    graphs = described.get("graphs", {})
+    if graphs and graphs["retained"] < graphs["parts"]:
+        advice.append(
+            "with more memory, or memory_budget= above half of what is free, all graphs would be "
+            "kept and a product take a third less"
+        )
+    if any(forecast.basis_place == "disk" for forecast in forecasts):
+        advice.append(
+            "the basis will be on disk, which every step reads twice: TMPDIR should be a fast one "
+            "with room for it; fewer pairs (k) or parameters (params=) need less"
+        )
+    if forecasts and forecasts[-1].seconds[1] > 600 and seconds > _SLOW:
+        advice.append(
+            f"analyze(H, budget='30min') keeps to a time: about {int(1800 / seconds)} products"
+        )
+    return advice
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

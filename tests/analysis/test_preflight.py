@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+
+import spectra
+from spectra.analysis.preflight import check
+from spectra.objective.losses import causal_lm
+from tests.cases.networks import StackedGPT
+
+
+def operator(dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    model = StackedGPT(3).to(dtype).eval()
+    generator = torch.Generator().manual_seed(1)
+    data = [{"input_ids": torch.randint(0, 7, (2, 6), generator=generator)} for _ in range(2)]
+    return spectra.HessianOperator(model, causal_lm(), data, **options)
+
+
+def test_it_measures_two_products_and_leaves_the_operator_warm():
+    H = operator()
+    found = check(H)
+    assert H.matvecs == 2
+    assert found.n == H.shape[0]
+    assert min(found.first_seconds, found.seconds, found.gradient_seconds) > 0
+    assert found.peak_bytes is None or found.peak_bytes >= 0
+    assert found.provenance["operator"]["graphs"] == H.describe()["graphs"]
+    assert check(H).gradient_seconds is None
+
+
+def test_forecasts_are_the_measured_seconds_times_the_products():
+    found = check(operator())
+    questions = [forecast.question for forecast in found.forecasts]
+    assert questions[:2] == ["eigsh(H, k=1)", "eigsh(H, k=10)"]
+    for forecast in found.forecasts:
+        assert forecast.matvecs[0] <= forecast.matvecs[1]
+        assert forecast.seconds == pytest.approx([found.seconds * m for m in forecast.matvecs])
+        assert forecast.basis_bytes == forecast.basis_vectors * 8 * found.n
+
+
+def test_what_it_forecasts_is_what_happens():
+    H = operator()
+    forecasts = {f.question: f for f in check(H).forecasts}
+    pairs = spectra.eigsh(H, k=10)
+    few, many = forecasts["eigsh(H, k=10)"].matvecs
+    assert few <= pairs.matvecs <= many
+    held = pairs.provenance["basis"]
+    assert held["place"] == forecasts["eigsh(H, k=10)"].basis_place
+
+
+def test_small_and_foreign_operators_can_be_asked_about():
+    found = check(np.diag([1.0, 2.0, 3.0]))
+    assert found.gradient_seconds is None
+    assert found.symmetry_defect < 1e-15
+    assert all(forecast.matvecs[1] <= 3 + 2 for forecast in found.forecasts)
+    assert "eigsh(H, k=10)" not in str(found)
+
+
+def test_an_unsymmetric_operator_is_said_to_be():
+    from scipy.sparse.linalg import LinearOperator
+
+    matrix = np.random.default_rng(0).standard_normal((50, 50))
+    found = check(LinearOperator((50, 50), matvec=lambda x: matrix @ x, dtype=np.float64))
+    assert "noisy or unsymmetric" in found.advice[0]
+
+
+def test_half_precision_is_advised_to_compute_in_another():
+    assert "compute_dtype" in check(operator(torch.bfloat16)).advice[0]
+    casted = check(operator(torch.bfloat16, compute_dtype=torch.float32))
+    assert not any("noisy" in advice for advice in casted.advice)
+    assert "compute dtype: float32" in str(casted)
+
+
+def test_what_memory_decided_is_said():
+    found = check(operator(memory_budget=0))
+    text = str(found)
+    assert "3 blocks are recomputed" in text
+    assert "because a batch without would take more than" in text
+    assert "split into parts of 1 sample" in text
+    assert "graphs of 0 of 4 batches are kept" in text
+    assert any("with more memory" in advice for advice in found.advice)
+
+
+def test_a_basis_on_disk_is_said(monkeypatch):
+    monkeypatch.setattr(
+        "spectra.objective.vectors.VectorSpace.affordable",
+        lambda _, place="device": 1000 if place == "disk" else 12,
+    )
+    found = check(operator())
+    places = {forecast.question: forecast.basis_place for forecast in found.forecasts}
+    assert places["eigsh(H, k=10)"] == "disk"
+    assert any("TMPDIR" in advice for advice in found.advice)
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    found = check(operator())
+    again = spectra.load(found.save(tmp_path / "preflight"))
+    assert str(again) == str(found)
+
+
+def test_an_operator_that_cannot_be_multiplied_raises_what_a_product_raises():
+    model = torch.nn.Linear(2, 1)
+    data = [torch.ones(3, 2)]
+    H = spectra.HessianOperator(model, lambda m, x: m(x).sum() * float("nan"), data)
+    with pytest.raises(spectra.SpectraError, match="nan"):
+        check(H)
