@@ -494,7 +494,7 @@ def test_the_means_of_the_operator_arrive(place, undrawn):
     out = place / "run"
     arguments = ["--compute-dtype", "float64", "--memory-budget", "2 GiB", "--recompute", "none"]
     assert cli.main(["analyze", "targets.py:problem", "--out", str(out), *arguments]) == 0
-    described = json.loads((out / "run.json").read_text("utf-8"))["provenance"]["operator"]
+    described = summary_of(out)["operator"]
     assert described["compute_dtype"] == "float64"
     assert described["dtype"] == "float64"
 
