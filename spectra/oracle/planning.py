@@ -21,7 +21,13 @@ from spectra.objective.memory import free_bytes, held_bytes, in_words
 from spectra.objective.objective import Objective, Part
 from spectra.oracle.casting import Casting
 from spectra.oracle.recompute import Site, UnsuitableSegmentError
-from spectra.oracle.segments import Recompute, checkpoints_routed, chosen_modules, recomputing
+from spectra.oracle.segments import (
+    Recompute,
+    attributes_replaced,
+    chosen_modules,
+    recomputing,
+    routed_checkpoints,
+)
 
 __all__ = ["Plan", "PlanChangedError"]
 
@@ -82,6 +88,8 @@ class Plan:
             }
         )
         self.recomputes = bool(self._sites) and not self._automatic
+        # Looked for once: to search a large model in every pass takes as long as a small product.
+        self._checkpoints: list[tuple[Any, str, Any]] | None = None
         self._decided = False
         # Of the part that was looked at last: how many pieces it can be split into.
         self._samples = 0
@@ -90,7 +98,9 @@ class Plan:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Within it the blocks are recomputed, if that is the plan."""
-        with checkpoints_routed(self._objective.model):
+        if self._checkpoints is None:
+            self._checkpoints = routed_checkpoints(self._objective.model)
+        with attributes_replaced(self._checkpoints):
             if self.recomputes:
                 with self._as_segments():
                     yield

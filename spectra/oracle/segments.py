@@ -20,10 +20,10 @@ from spectra.oracle.recompute import Site, UnsuitableSegmentError, inside_a_segm
 __all__ = [
     "Recompute",
     "attributes_replaced",
-    "checkpoints_routed",
     "chosen_modules",
     "recomputing",
     "repeated_blocks",
+    "routed_checkpoints",
 ]
 
 Recompute = str | Sequence[str]
@@ -137,12 +137,12 @@ def attributes_replaced(replacements: list[tuple[Any, str, Any]]) -> Iterator[No
                 vars(owner)[name] = value
 
 
-@contextlib.contextmanager
-def checkpoints_routed(model: nn.Module | None) -> Iterator[None]:
-    """Within it the model's own activation checkpointing recomputes under a double backward, too.
+def routed_checkpoints(model: nn.Module | None) -> list[tuple[Any, str, Any]]:
+    """What to replace so that a model's own activation checkpointing makes segments.
 
-    PyTorch's saves no memory there, and its reentrant kind loses gradients. Replaced are the names
-    under which modules, and the files that define their classes, hold its function.
+    PyTorch's saves no memory under a double backward, and its reentrant kind loses gradients. It is
+    to be replaced under all names by which modules, and the files that define their classes, hold
+    its function.
     """
     replacements: list[tuple[Any, str, Any]] = [
         (torch.utils.checkpoint, "checkpoint", _routed_checkpoint)
@@ -162,8 +162,7 @@ def checkpoints_routed(model: nn.Module | None) -> Iterator[None]:
         if scope is not None and not file.startswith("torch."):
             names = [name for name, value in vars(scope).items() if value is checkpoint]
             replacements += [(scope, name, _routed_checkpoint) for name in names]
-    with attributes_replaced(replacements):
-        yield
+    return replacements
 
 
 # How `checkpoint` recomputes, which has no bearing on a segment.
