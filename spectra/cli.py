@@ -158,11 +158,7 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
     _check_kind(arguments)
     storage.check_directory(arguments.out, overwrite=arguments.overwrite)
     say = _silent if arguments.json else _say
-    with _stdout_to_stderr(arguments.json):
-        if arguments.hf:
-            operator, title, source = _from_text(arguments, say)
-        else:
-            operator, title, source = _from_target(arguments)
+    operator, title, source = _asked_about(arguments, say)
     n = operator.space.n
     if arguments.top is not None and arguments.top > n:
         msg = f"--top {arguments.top}, but there are only {n} parameters, so {n} eigenvalues"
@@ -198,11 +194,7 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
 def _check(arguments: argparse.Namespace) -> Callable[[], int]:
     _check_kind(arguments)
     say = _silent if arguments.json else _say
-    with _stdout_to_stderr(arguments.json):
-        if arguments.hf:
-            operator, title, _ = _from_text(arguments, say)
-        else:
-            operator, title, _ = _from_target(arguments)
+    operator, title, _ = _asked_about(arguments, say)
 
     def run() -> int:
         say(f"One gradient and two products of the Hessian of {title} …\n")
@@ -294,6 +286,14 @@ def _check_kind(arguments: argparse.Namespace) -> None:
             option = "--" + name.replace("_", "-")
             msg = f"{option} goes with --hf; a TARGET brings its own data and model"
             raise TargetError(msg)
+
+
+def _asked_about(
+    arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[SymmetricOperator, str, dict[str, Any]]:
+    """The operator, what to call it, and where it comes from."""
+    with _stdout_to_stderr(arguments.json):
+        return _from_text(arguments, say) if arguments.hf else _from_target(arguments)
 
 
 def _from_text(

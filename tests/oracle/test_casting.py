@@ -47,8 +47,8 @@ def test_half_precision_in_storage_is_single_precision_in_products(stored, graph
     assert found.dtype == torch.float32
     assert relative(found, expected) < 1e-5
     assert {p.dtype for p in model.parameters()} == {stored}
-    # In its own dtype it is another Hessian.
-    assert relative(products(model), expected) > 1e-4
+    # In its own dtype it is another Hessian, as near as those digits allow.
+    assert 1e-4 < relative(products(model), expected) < 0.1
 
 
 def test_double_precision_is_exact():
