@@ -114,8 +114,6 @@ def test_graphs_that_were_not_kept_are_said():
     assert any(
         "graphs of 0 of 1 batches were kept" in n for n in spectra.analyze(poor, **small).notes
     )
-    split = spectra.HessianOperator(model, criterion, data, memory_budget=0)
-    assert any("split into parts of" in n for n in spectra.analyze(split, **small).notes)
     asked = spectra.HessianOperator(model, loss, data, graph="fresh")
     assert not any("graphs" in note for note in spectra.analyze(asked, **small).notes)
 

@@ -71,12 +71,16 @@ def test_half_precision_is_advised_to_compute_in_another():
 
 
 def test_what_memory_decided_is_said():
-    found = check(operator(memory_budget=0))
+    # Large enough for the process to be seen to grow.
+    data = [{"input_ids": torch.zeros(2000, 8, dtype=torch.long)}] * 2
+    model = StackedGPT(3).eval()
+    H = spectra.HessianOperator(model, causal_lm(), data, memory_budget=5_000_000)
+    found = check(H)
     text = str(found)
     assert "3 blocks are recomputed" in text
-    assert "because a batch without would take more than" in text
-    assert "split into parts of 1 sample" in text
-    assert "graphs of 0 of 4 batches are kept" in text
+    assert "because a batch without would take more than 4.77 MiB" in text
+    assert "batches are split into parts of" in text
+    assert f"microbatch: {H.describe()['microbatch']}" in text
     assert any("with more memory" in advice for advice in found.advice)
 
 
