@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, overrides
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from spectra.errors import ArgumentTypeError, SpectraError
@@ -330,7 +330,7 @@ def _fresh(tensors: Sequence[Tensor | None], wanted: list[bool]) -> list[Any]:
 
 
 class _Circumstances:
-    """Autocast and random state under which a function was evaluated, to evaluate it again."""
+    """Autocast, function modes and random state of an evaluation, to evaluate again under them."""
 
     def __init__(self, devices: list[torch.device]) -> None:
         self._kinds = sorted({"cpu", *(device.type for device in devices)} - {"meta"})
@@ -338,6 +338,8 @@ class _Circumstances:
         self._generators = [torch.default_generator]
         for index in sorted({d.index or 0 for d in devices if d.type == "cuda"}):
             self._generators.append(torch.cuda.default_generators[index])
+        # Such as a default device: PyTorch takes them off around a call of `autograd.grad`.
+        self._modes = overrides._get_current_function_mode_stack()
         # None where the function drew no random number.
         self._random: list[Tensor] | None = None
 
@@ -355,18 +357,30 @@ class _Circumstances:
     def repeated(self) -> Iterator[None]:
         """Within it the function gives what it gave the first time."""
         if self._random is None:
-            with self._autocasting():
+            with self._autocasting(), self._overridden():
                 yield
             return
         before = [generator.get_state() for generator in self._generators]
         try:
             for generator, state in zip(self._generators, self._random, strict=True):
                 generator.set_state(state)
-            with self._autocasting():
+            with self._autocasting(), self._overridden():
                 yield
         finally:
             for generator, state in zip(self._generators, before, strict=True):
                 generator.set_state(state)
+
+    @contextlib.contextmanager
+    def _overridden(self) -> Iterator[None]:
+        present = {id(mode) for mode in overrides._get_current_function_mode_stack()}
+        missing = [mode for mode in self._modes if id(mode) not in present]
+        for mode in missing:
+            overrides._push_mode(mode)
+        try:
+            yield
+        finally:
+            for _ in missing:
+                overrides._pop_mode()
 
     @contextlib.contextmanager
     def _autocasting(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 import spectra
 from spectra.errors import ArgumentTypeError, DoubleBackwardError
@@ -233,6 +234,24 @@ def test_autocast_is_that_of_the_first_time():
     exact = spectra.HessianOperator(model, lambda m, x: squares(m(x)), [X.float()]).to_dense()
     # Two decimal digits are what bfloat16 has.
     assert (found - exact).norm() < 0.03 * exact.norm()
+
+
+class Doubling(TorchFunctionMode):
+    """Makes every hyperbolic tangent twice as large."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return 2 * result if function is torch.tanh else result
+
+
+def test_function_modes_are_those_of_the_first_time():
+    # A default device is one; `autograd.grad` runs without them.
+    model = net()
+    with Doubling():
+        expected = hessian(model, lambda m, x: squares(m(x)))
+        found = hessian(model, lambda m, x: squares(recompute(m, x)))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    assert (expected - hessian(model, lambda m, x: squares(m(x)))).abs().max() > 0.1
 
 
 def test_batch_statistics_are_computed_again():
