@@ -69,10 +69,20 @@ def tensors_of(batch: Any) -> list[Tensor]:
     return tensors
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on a device, ready to be differentiated through."""
-    # A tensor made under inference_mode cannot enter a graph; its clone can.
-    return map_tensors(batch, lambda t: (t.clone() if t.is_inference() else t).to(device))
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The batch with its tensors on a device, ready to be differentiated through.
+
+    Floating ones in `dtype` at least, if it is given.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        # A tensor made under inference_mode cannot enter a graph; its clone can.
+        tensor = (tensor.clone() if tensor.is_inference() else tensor).to(device)
+        if dtype is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.promote_types(tensor.dtype, dtype))
+
+    return map_tensors(batch, moved)
 
 
 def leading_dimension(batch: Any, label: str) -> int:

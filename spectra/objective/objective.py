@@ -270,6 +270,7 @@ class ModelObjective:
         self._num_batches: int | None = None
         self._loss_head: str | None = None
         self._allow_training_mode = allow_training_mode
+        self._compute_dtype = compute_dtype
         selected = select_parameters(model, params)
         self.parameters = self.stored = list(selected.values())
         if compute_dtype is not None:
@@ -293,7 +294,7 @@ class ModelObjective:
         for index, batch in enumerate(self._data):
             count = index + 1
             label = f"batch {index}"
-            moved = to_device(batch, self.space.device)
+            moved = to_device(batch, self.space.device, self._compute_dtype)
             for place, piece in enumerate(self._split(moved, label)):
                 name = label if self.microbatch is None else f"{label}, microbatch {place}"
                 weight = self._weight_of(piece, name)

@@ -1,7 +1,8 @@
 """How does a model stored in half precision compute in another one, and give products in that?
 
-Parameters stay as they are. Each module that holds some gets copies in the wanted dtype inside of
-a segment, so that they live as long as that segment is computed. What is differentiated by are
+Parameters stay as they are. Each block gets copies of its own in the wanted dtype inside of a
+segment, so that they live as long as it is computed; what is outside of blocks has copies for as
+long as products are computed. What is differentiated by are
 stand-ins of the wanted dtype: zeros in the shapes of the parameters, which take no memory and are
 added to the copies. A gradient by a parameter in bfloat16 would be rounded to bfloat16.
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten
 
 from spectra.errors import LossError
 from spectra.oracle import diagnose
@@ -37,8 +38,7 @@ class Casting:
     stand_ins
         What is differentiated by in place of a parameter, for those that are analysed.
     blocks
-        Modules that are computed as one segment; all others that hold parameters by themselves
-        become segments of their own.
+        Modules that are computed as one segment each.
     """
 
     def __init__(
@@ -52,38 +52,29 @@ class Casting:
         self.dtype = dtype
         self._stand_ins = stand_ins
         self.sites: dict[nn.Module, Site] = {}
-        # Too few to become a segment, because they hold others: their own parameters are copied
-        # for as long as the model is at work.
+        # Outside of the blocks: embeddings, a last norm, the head. Their copies are made once for
+        # each pass, so that the model's own code finds them where it looks at a weight.
         self._outer: list[nn.Module] = []
         self._divide("", model, set(blocks))
 
     def _divide(self, name: str, module: nn.Module, blocks: set[nn.Module]) -> None:
-        inner = module is not self._model and blocks.isdisjoint(module.modules())
-        own = any(p is not None for p in module._parameters.values())
-        if module in blocks or (own and inner):
+        if module in blocks:
             kind = type(module).__name__
             self.sites[module] = Site(f"module {name!r} ({kind})", module.parameters())
             return
-        if own:
-            self._outer.append(module)
+        self._outer.append(module)
         for key, child in module.named_children():
             self._divide(f"{name}.{key}" if name else key, child, blocks)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Within it the model computes in the wanted dtype."""
-        with contextlib.ExitStack() as stack:
-            for module in self._outer:
-                copies = self._copies([module], self._stand_ins)
-                stack.enter_context(_replaced([module], copies))
-            stack.enter_context(
-                attributes_replaced(
-                    [
-                        (module, "forward", self._casted(site, module, module.forward))
-                        for module, site in self.sites.items()
-                    ]
-                )
-            )
+        segments = [
+            (module, "forward", self._casted(site, module, module.forward))
+            for module, site in self.sites.items()
+        ]
+        copies = self._copies(self._outer, self._stand_ins)
+        with _replaced(self._outer, copies), attributes_replaced(segments):
             yield
 
     def refuse_others(self, loss: Tensor) -> None:
@@ -116,7 +107,8 @@ class Casting:
 
         def on_copies(given: list[Tensor], args: Any, kwargs: Any) -> Any:
             copies = self._copies(inside, dict(zip(names, given, strict=True)))
-            args, kwargs = tree_map(self._widened, (args, kwargs))
+            for value in tree_flatten((args, kwargs))[0]:
+                self._refuse_rounded(value, site)
             with _replaced(inside, copies):
                 return forward(*args, **kwargs)
 
@@ -140,11 +132,17 @@ class Casting:
                 copies[tensor] = copy + stand_ins[tensor] if tensor in stand_ins else copy
         return copies
 
-    def _widened(self, value: Any) -> Any:
-        """An argument as a model gets it that is stored in the wanted dtype."""
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.to(torch.promote_types(value.dtype, self.dtype))
-        return value
+    def _refuse_rounded(self, value: Any, site: Site) -> None:
+        """Refuse an activation that has lost the digits on its way between the modules."""
+        if not (isinstance(value, Tensor) and value.requires_grad):
+            return
+        if torch.promote_types(value.dtype, self.dtype) != value.dtype:
+            msg = (
+                f"{site.name} gets an activation in {value.dtype}: the model's own code, or "
+                f"autocast, rounds it, so that products would not be those of {self.dtype}; "
+                "convert the whole model instead, or leave out compute_dtype"
+            )
+            raise LossError(msg)
 
 
 @contextlib.contextmanager

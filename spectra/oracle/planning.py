@@ -101,7 +101,7 @@ class Plan:
         if self._checkpoints is None:
             self._checkpoints = routed_checkpoints(self._objective.model)
         with attributes_replaced(self._checkpoints):
-            if self.recomputes:
+            if self.recomputes or self._casting is not None:
                 with self._as_segments():
                     yield
             else:

@@ -115,7 +115,7 @@ def test_parameters_buffers_and_inputs_of_every_kind_of_module(recompute):
 
 
 def test_copies_live_as_long_as_their_block():
-    model = StackedGPT(3, width=512).bfloat16().eval()
+    model = StackedGPT(8, width=512).bfloat16().eval()
     operator = HessianOperator(model, LOSS, tokens(), compute_dtype=torch.float32)
     cpu = torch.device("cpu")
     copies = 4 * sum(p.numel() for p in model.parameters())
@@ -148,3 +148,41 @@ def test_results_say_in_what_they_were_computed():
     operator = HessianOperator(gpt(), LOSS, tokens(), compute_dtype=torch.float32)
     pairs = eigsh(operator, k=1)
     assert pairs.provenance["operator"]["compute_dtype"] == "float32"
+
+
+class Rounding(nn.Module):
+    """A model whose own code rounds what goes from one block to the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x.to(torch.bfloat16) if x.requires_grad else x)
+        return x
+
+
+def test_activations_that_the_models_own_code_rounds_are_refused():
+    loss = supervised(nn.MSELoss())
+    data = [(torch.randn(5, 2), torch.randn(5, 2))]
+    operator = HessianOperator(Rounding().bfloat16(), loss, data, compute_dtype=torch.float32)
+    with pytest.raises(
+        LossError, match=r"module 'blocks.1' .*gets an activation in torch.bfloat16"
+    ):
+        operator.gradient()
+
+
+def test_the_models_own_code_sees_the_dtype_it_computes_in():
+    # Mamba's casts activations to the dtype of its head's weight, which is stored in half.
+    class Casts(StackedGPT):
+        def forward(self, input_ids):
+            x = self.embedding(input_ids)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x).to(self.head.weight.dtype))
+
+    torch.manual_seed(0)
+    model = Casts(2, width=16).bfloat16().eval()
+    expected = products(copy.deepcopy(model).double())
+    assert relative(products(model, compute_dtype=torch.float64), expected) < 1e-13
