@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from spectra.errors import DoubleBackwardError
 
-__all__ = ["Step", "at_least_single", "sum_in_chunks"]
+__all__ = ["Step", "at_least_single", "is_traced", "sum_in_chunks"]
 
 Step = Callable[[Tensor], Tensor]
 """A function of every entry by itself."""
@@ -173,7 +173,7 @@ class _Gradient(torch.autograd.Function):
         if torch.is_grad_enabled():
             msg = "a cross-entropy in chunks can be differentiated twice but no more"
             raise DoubleBackwardError(msg)
-        if _is_traced():
+        if is_traced():
             msg = (
                 "a cross-entropy in chunks is not compiled, because logits that do not depend on "
                 "the vector would be kept for all tokens"
@@ -199,7 +199,7 @@ class _Gradient(torch.autograd.Function):
         return None, None, by_cotangent, *sums.finished()
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether operations are being recorded for a compiler, rather than only carried out."""
     # Who traces has imported it; others need not wait for that.
     tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")

@@ -85,10 +85,13 @@ class Graphs:
         self._bytes = 0
         self._state: Any = None
 
-    def all_kept(self) -> list[GradientGraph] | None:
-        """The graphs of all parts in order, if they are kept and nothing has changed."""
+    def drop_outdated(self) -> None:
+        """Free the kept graphs if anything has changed since. Where nothing stands in for it."""
         if self._kept and self._state != self._objective.state():
             self.release()
+
+    def all_kept(self) -> list[GradientGraph] | None:
+        """The graphs of all parts in order, if they are kept."""
         if not self._kept or len(self._kept) < (self._parts or 0):
             return None
         return list(self._kept.values())

@@ -253,6 +253,7 @@ class HvpOracle:
     def _evaluating(self) -> Iterator[None]:
         """Within it losses are evaluated and differentiated."""
         kind = self.objective.space.device.type
+        self._graphs.drop_outdated()
         with (
             self.objective.evaluating(),
             contextlib.nullcontext() if self._tf32 else full_float32(kind),

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, overrides
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from spectra.errors import ArgumentTypeError, SpectraError
+from spectra.errors import ArgumentTypeError, DoubleBackwardError, SpectraError
+from spectra.objective.chunks import is_traced
 from spectra.objective.memory import SavedBytes
 from spectra.oracle import diagnose
 
@@ -276,6 +277,9 @@ class _Derivative:
 
     def evaluate(self, leaves: list[Any], *, create_graph: bool) -> list[Tensor | None]:
         """The gradients by the inputs, None where there is none, as functions of the leaves."""
+        if is_traced():
+            msg = f"{self.site.name} is not compiled, because what it computes again would be kept"
+            raise DoubleBackwardError(msg)
         count = len(self._needed)
         outputs = self.of.evaluate(leaves[:count], create_graph=True)
         pairs = [

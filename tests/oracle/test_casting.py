@@ -186,3 +186,18 @@ def test_the_models_own_code_sees_the_dtype_it_computes_in():
     model = Casts(2, width=16).bfloat16().eval()
     expected = products(copy.deepcopy(model).double())
     assert relative(products(model, compute_dtype=torch.float64), expected) < 1e-13
+
+
+def test_graphs_are_kept_until_the_stored_parameters_change():
+    model, calls = gpt(), []
+    operator = HessianOperator(model, LOSS, tokens(), compute_dtype=torch.float32)
+    model.embedding.register_forward_hook(lambda *_: calls.append(1))
+    v = vector(operator)
+    first = operator.apply(v)
+    assert torch.equal(operator.apply(v), first)
+    assert len(calls) == 2
+    model.norm.weight.data.mul_(2)
+    assert not torch.equal(operator.apply(v), first)
+    assert len(calls) == 4
+    found, expected = operator.apply(v), products(copy.deepcopy(model).float(), recompute="none")
+    assert relative(found, expected) < 1e-5

@@ -12,7 +12,7 @@ from spectra.objective.losses import causal_lm, supervised
 from spectra.oracle import compiled
 from spectra.oracle.compiled import CompiledProduct
 from tests.cases.chunks import chunks_of
-from tests.cases.networks import TinyGPT, tanh_mlp, wine
+from tests.cases.networks import StackedGPT, TinyGPT, tanh_mlp, wine
 
 LOSS = supervised(nn.CrossEntropyLoss())
 
@@ -230,3 +230,17 @@ def test_a_cross_entropy_in_chunks_is_not_compiled(compiled_is_faster):
     described = hessian.describe()["compiled"]
     assert described["parts"] == 0
     assert "a cross-entropy in chunks is not compiled" in described["refused"][0]
+
+
+@pytest.mark.parametrize("options", [{"recompute": "blocks.*"}, {"compute_dtype": torch.float64}])
+def test_what_is_recomputed_is_not_compiled(options, compiled_is_faster):
+    model = StackedGPT(2).double().eval()
+    data = [{"input_ids": torch.arange(14).view(2, 7) % 7}]
+    expected = HessianOperator(model, causal_lm(), data, recompute="none")
+    hessian = HessianOperator(model, causal_lm(), data, compile=True, **options)
+    for seed in range(3):
+        v = vector(hessian, seed)
+        torch.testing.assert_close(hessian @ v, expected @ v, rtol=1e-10, atol=1e-12)
+    described = hessian.describe()["compiled"]
+    assert described["parts"] == 0
+    assert "is not compiled, because what it computes again" in described["refused"][0]
