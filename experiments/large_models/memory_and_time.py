@@ -58,7 +58,7 @@ class Setting:
 # For warming up, and for the test of this program.
 TINY = Setting(blocks=2, width=32, length=16, sequences=2)
 MAIN = Setting(sequences=4)
-# Which contestants, at which settings. PyTorch's product at T = 4096 would take 7 GiB with two blocks.
+# Which contestants, at which settings. With two blocks PyTorch's product takes 7 GiB at T = 4096.
 PEAKS: dict[str, list[tuple[list[str], list[Setting]]]] = {
     "peaks": [(list(CONTESTANTS), [MAIN])],
     "blocks": [([PLAIN, CHECKPOINTED, RECOMPUTED, KEPT], [Setting(blocks=b) for b in (4, 8, 16)])],
