@@ -1,6 +1,6 @@
 """How much memory and time does a product with a GPT take, beside PyTorch's double backward?
 
-    python -m experiments.large_models.memory_and_time                  # all of it: ten minutes
+    python -m experiments.large_models.memory_and_time                  # all of it: half an hour
     python -m experiments.large_models.memory_and_time --only blocks    # or one part
 
 writes `results.json`, `tables.md` and `large_models.png` into `large-run`; a part replaces what an
@@ -58,7 +58,7 @@ class Setting:
 # For warming up, and for the test of this program.
 TINY = Setting(blocks=2, width=32, length=16, sequences=2)
 MAIN = Setting(sequences=4)
-# Which contestants, at which settings. With two blocks PyTorch's product takes 7 GiB at T = 4096.
+# Which contestants, at which settings. PyTorch's would take 7 GiB at T = 4096 with two blocks.
 PEAKS: dict[str, list[tuple[list[str], list[Setting]]]] = {
     "peaks": [(list(CONTESTANTS), [MAIN])],
     "blocks": [([PLAIN, CHECKPOINTED, RECOMPUTED, KEPT], [Setting(blocks=b) for b in (4, 8, 16)])],
