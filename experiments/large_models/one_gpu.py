@@ -231,14 +231,14 @@ def estimate(found: dict[str, Any]) -> str:
     tokens = setting.sequences * setting.length
     # Four float32 tensors per block: its input, the gradient by it, and what a product adds.
     inputs = 4 * 4 * setting.layers * tokens * setting.width
-    # Whole: a head with copies of its weights is not computed in chunks.
-    logits = 8 * 4 * tokens * setting.vocabulary
+    # Float32 copies of what is outside of the blocks: the embedding and the head.
+    copies = 2 * 4 * setting.vocabulary * setting.width
     rows = max(setting.ncv, setting.steps) + 1
     return (
         f"{found['n']:,} parameters, {in_words(found['stored'])}; a vector takes "
         f"{in_words(vector)}. Expected: on the device {VECTORS} vectors, {in_words(inputs)} for "
-        f"the blocks and {in_words(logits)} for the logits, together "
-        f"{in_words(found['stored'] + VECTORS * vector + inputs + logits)} and the work on one "
+        f"the blocks and {in_words(copies)} for copies of embedding and head, together "
+        f"{in_words(found['stored'] + VECTORS * vector + inputs + copies)} and the work on one "
         f"block; for the basis, {rows} vectors, {in_words(rows * vector)}, there or on the host."
     )
 
