@@ -61,8 +61,8 @@ class HessianOperator(SymmetricOperator):
     recompute
         "auto": where the graph of a batch would not fit, the repeated blocks of the model (layers
         of a transformer, of a residual network) keep only their inputs and are computed again, in
-        1.2 to 1.7 times the time. "none": never. A glob over names of modules, or several: those, always.
-        Checkpointing that the model does by itself is done in the same way. See
+        1.2 to 1.7 times the time. "none": never. A glob over names of modules, or several: those,
+        always. Checkpointing that the model does by itself is done in the same way. See
         `spectra.recompute`.
     compute_dtype
         torch.float32 or torch.float64, for a model stored in another dtype: every block computes on
