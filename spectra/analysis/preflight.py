@@ -258,10 +258,10 @@ def _advice(
             "norm, mean nothing. If the model is in half precision, use compute_dtype=torch.float32"
         )
     graphs = described.get("graphs", {})
-    if graphs and graphs["retained"] < graphs["parts"]:
+    if described.get("graph") == "auto" and graphs.get("retained", 0) < graphs.get("parts", 0):
         advice.append(
-            "with more memory, or memory_budget= above half of what is free, all graphs would be "
-            "kept and a product take a third less"
+            "with more memory for them (memory_budget=, by default half of what is free) all "
+            "graphs would be kept, and a product take less time"
         )
     if any(forecast.basis_place == "disk" for forecast in forecasts):
         advice.append(

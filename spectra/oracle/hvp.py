@@ -150,6 +150,7 @@ class HvpOracle:
         except UnsuitableSegmentError as error:
             if not self._plan.do_without(error):
                 raise
+            self._graphs.release()
         except Exception as error:
             if not memory_ran_out(error):
                 raise

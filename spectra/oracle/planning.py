@@ -171,8 +171,8 @@ class Plan:
             if taken > budget and self._automatic and self._sites and not self.recomputes:
                 self.recomputes = True
                 self._reasons.append(
-                    f"a batch without would take more than {in_words(budget)}, which is what "
-                    "there is for it"
+                    "without recomputing, the work on a batch would take more than the "
+                    f"{in_words(budget)} for it"
                 )
                 raise PlanChangedError
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -28,10 +29,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from spectra.errors import ArgumentTypeError, DoubleBackwardError, SpectraError
 from spectra.objective.chunks import is_traced
-from spectra.objective.memory import SavedBytes
+from spectra.objective.memory import SavedBytes, memory_ran_out
 from spectra.oracle import diagnose
 
 __all__ = ["Site", "UnsuitableSegmentError", "inside_a_segment", "recompute"]
+
+# Units of rounding by which norm and sum of an output, relative to its norm, may differ.
+_REPEATED = 8
 
 _INSIDE: ContextVar[bool] = ContextVar("inside a segment", default=False)
 
@@ -79,10 +83,11 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Parameters
     ----------
     function
-        A module or function. It has to compute the same thing when it is called again: tensors that
-        require a gradient come in as arguments (in lists, tuples and dicts as well) or are
-        parameters. Random numbers repeat, and so does autocast. Where nothing requires a gradient
-        it is simply called.
+        A module or function. It has to compute the same thing when it is called again, whatever
+        happens in between (in a loop, pass the module rather than a lambda that looks it up);
+        tensors that require a gradient come in as arguments (in lists, tuples and dicts as well)
+        or are parameters. Random numbers repeat, and so does autocast. Where nothing requires a
+        gradient it is simply called.
     *args, **kwargs
         Its arguments.
 
@@ -95,8 +100,8 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Raises
     ------
     UnsuitableSegmentError
-        The function uses a tensor with a history that is not among its arguments, or overwrites an
-        argument in place.
+        The function uses a tensor with a history that is not among its arguments, overwrites an
+        argument in place, or (in the backward pass) does not give the same output again.
     DoubleBackwardError
         In the backward pass: an operation is known to have a wrong second derivative.
 
@@ -152,6 +157,8 @@ class _Segment:
         self._circumstances = _Circumstances([self._arguments[i].device for i in self._places])
         # The tensors of the output, between the first evaluation and its place in the graph.
         self._first: list[Tensor] = []
+        # What they were, to see whether they are the same again.
+        self._fingerprints: list[tuple[float, ...]] = []
 
     def run(self) -> Any:
         """The function's output, with the segment as its history where it has one."""
@@ -178,6 +185,7 @@ class _Segment:
             return output
         self._parameters = self._used_parameters(tensors, leaves, begun)
         self._first = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        self._fingerprints = [_fingerprint(tensor) for tensor in tensors]
         # The graph of this evaluation has served.
         del output, tensors
         rest = iter(_Node.apply(self, *given, *self._parameters))
@@ -205,9 +213,25 @@ class _Segment:
     def evaluate(self, leaves: list[Tensor], *, create_graph: bool) -> list[Tensor | None]:
         """The tensors of the output, as functions of the leaves, the same as the first time."""
         assert create_graph
-        with self._circumstances.repeated():
-            output = self._call(leaves[: len(self._places)])
-        return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+        try:
+            with self._circumstances.repeated():
+                output = self._call(leaves[: len(self._places)])
+        except RuntimeError as error:
+            if isinstance(error, SpectraError) or memory_ran_out(error):
+                raise
+            raise self._changed(f"raised an error ({error})") from error
+        tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+        if not _same(self._fingerprints, tensors):
+            raise self._changed("gave another output")
+        return [*tensors]
+
+    def _changed(self, what: str) -> UnsuitableSegmentError:
+        msg = (
+            f"{self.site.name} {what} when it was computed again: it reads something that changes "
+            "between calls, such as an attribute that the model sets or the variable of a loop; "
+            "pass that as an argument, or leave it out of the recomputation"
+        )
+        return UnsuitableSegmentError(msg)
 
     def _call(self, tensors: list[Tensor]) -> Any:
         arguments = list(self._arguments)
@@ -331,6 +355,33 @@ def _fresh(tensors: Sequence[Tensor | None], wanted: list[bool]) -> list[Any]:
         None if tensor is None else tensor.detach().requires_grad_(want)
         for tensor, want in zip(tensors, wanted, strict=True)
     ]
+
+
+def _fingerprint(tensor: Tensor) -> tuple[float, ...]:
+    """A few numbers that change with a tensor's entries."""
+    values = tensor.detach()
+    if values.numel() == 0 or values.is_complex():
+        return (float(values.numel()),)
+    total = values.sum(dtype=torch.float64)
+    reals = values if values.is_floating_point() else values.double()
+    size = torch.linalg.vector_norm(reals, dtype=torch.float64)
+    return (float(values.numel()), *torch.stack([size, total]).tolist())
+
+
+def _same(before: list[tuple[float, ...]], tensors: list[Tensor]) -> bool:
+    """Whether tensors are what they were, up to the rounding of kernels that add in any order."""
+    if len(before) != len(tensors):
+        return False
+    for known, tensor in zip(before, tensors, strict=True):
+        found = _fingerprint(tensor)
+        eps = torch.finfo(tensor.dtype if tensor.is_floating_point() else torch.float64).eps
+        if known[0] != found[0]:
+            return False
+        if len(known) > 1 and math.isfinite(known[1]):
+            room = _REPEATED * eps * known[1]
+            if not all(abs(a - b) <= room for a, b in zip(known[1:], found[1:], strict=True)):
+                return False
+    return True
 
 
 class _Circumstances:

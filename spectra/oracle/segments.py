@@ -42,11 +42,15 @@ def chosen_modules(model: nn.Module | None, recompute: Recompute) -> dict[str, n
     """
     if recompute == "none" or (model is None and recompute == "auto"):
         return {}
-    globs = [recompute] if isinstance(recompute, str) else list(recompute)
-    if model is None or not globs or not all(isinstance(glob, str) for glob in globs):
+    globs = [recompute] if isinstance(recompute, str) else recompute
+    listed = isinstance(globs, list | tuple | set) and len(globs) > 0
+    if model is None or not listed or not all(isinstance(glob, str) for glob in globs):
+        what = (
+            repr(recompute) if isinstance(recompute, int | str | list) else type(recompute).__name__
+        )
         msg = (
-            f"recompute={recompute!r}; expected 'auto', 'none', or globs over the names of a "
-            "model's modules, such as 'layers.*'"
+            f"recompute={what}; expected 'auto', 'none', or globs over the names of a model's "
+            "modules, such as 'layers.*'"
         )
         raise ArgumentTypeError(msg)
     if recompute == "auto":
@@ -64,9 +68,22 @@ def chosen_modules(model: nn.Module | None, recompute: Recompute) -> dict[str, n
     chosen: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inner = any(name.startswith(f"{outer}.") for outer in chosen)
-        if not inner and any(fnmatch.fnmatchcase(name, glob) for glob in globs):
-            chosen[name] = module
+        # A list of modules is never called: those in it are, and have names that come later.
+        names = [name, *_lists_around(model, name)]
+        if not inner and any(fnmatch.fnmatchcase(n, glob) for n in names for glob in globs):
+            if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+                chosen[name] = module
     return chosen
+
+
+def _lists_around(model: nn.Module, name: str) -> list[str]:
+    """The lists and dicts of modules that hold a module directly, from the inside out."""
+    holders = []
+    outer = name.rpartition(".")[0]
+    while outer and isinstance(model.get_submodule(outer), nn.ModuleList | nn.ModuleDict):
+        holders.append(outer)
+        outer = outer.rpartition(".")[0]
+    return holders
 
 
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:

@@ -78,7 +78,9 @@ def test_what_memory_decided_is_said():
     found = check(H)
     text = str(found)
     assert "3 blocks are recomputed" in text
-    assert "because a batch without would take more than 4.77 MiB" in text
+    assert (
+        "because without recomputing, the work on a batch would take more than the 4.77 MiB" in text
+    )
     assert "batches are split into parts of" in text
     assert f"microbatch: {H.describe()['microbatch']}" in text
     assert any("with more memory" in advice for advice in found.advice)

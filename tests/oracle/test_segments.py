@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from spectra import HessianOperator, eigsh
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.objective.losses import causal_lm, supervised
-from spectra.oracle.recompute import UnsuitableSegmentError
+from spectra.oracle.recompute import UnsuitableSegmentError, recompute
 from spectra.oracle.segments import repeated_blocks
 from tests.cases.networks import StackedGPT, dense_hessian
 
@@ -65,7 +65,7 @@ def test_the_outermost_repetition_counts_and_lists_of_lists_are_searched():
 
 @pytest.mark.parametrize(
     ("recompute", "blocks"),
-    [("blocks.*", 3), (["blocks.1", "head"], 2), ("*.norm?", 6), ("blocks", 1)],
+    [("blocks.*", 3), (["blocks.1", "head"], 2), ("*.norm?", 6), ("blocks", 3), ("b*", 3)],
 )
 @pytest.mark.parametrize("graph", ["fresh", "retained"])
 def test_globs_name_modules_and_the_outermost_are_recomputed(recompute, blocks, graph):
@@ -82,6 +82,9 @@ def test_globs_name_modules_and_the_outermost_are_recomputed(recompute, blocks, 
         ("layers.*", r"no module matches 'layers.\*'. Near matches: 'blocks", ArgumentError),
         ([], "expected 'auto', 'none', or globs", ArgumentTypeError),
         ([3], "expected 'auto', 'none', or globs", ArgumentTypeError),
+        (3, "recompute=3; expected 'auto', 'none', or globs", ArgumentTypeError),
+        (None, "recompute=NoneType; expected 'auto'", ArgumentTypeError),
+        (nn.Linear(2, 2), "recompute=Linear; expected 'auto'", ArgumentTypeError),
     ],
 )
 def test_wrong_choices_are_refused(recompute, message, error):
@@ -175,6 +178,76 @@ def test_blocks_that_overwrite_their_inputs_cannot_be_asked_for():
     operator = HessianOperator(in_place(), supervised(nn.MSELoss()), regression(), recompute="1")
     with pytest.raises(UnsuitableSegmentError, match=r"module '1' \(InPlace\) overwrites"):
         operator.to_dense()
+
+
+class Stateful(nn.Module):
+    """Its blocks read what the model sets: a mask per batch, the place of the block."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.blocks = nn.ModuleList(Reader(what) for _ in range(3))
+        self.what = what
+
+    def forward(self, x):
+        state = self.blocks[0].state
+        for i, block in enumerate(self.blocks):
+            block.state = state
+            if self.what == "mask":
+                state["mask"] = (x[:, :1] > 0).to(x.dtype)
+            else:
+                state["place"] = i + 1
+            x = block(x)
+        return x
+
+
+class Reader(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.what = what
+        self.state = {}
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x)) * self.state[self.what]
+
+
+def stateful(what, **options):
+    torch.manual_seed(0)
+    model = Stateful(what).double()
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(n, 3, generator=generator).double() for n in (5, 5, 8)]
+    data = [(x, torch.ones_like(x)) for x in inputs]
+    return HessianOperator(model, supervised(nn.MSELoss()), data, **options)
+
+
+@pytest.mark.parametrize("what", ["mask", "place"])
+@pytest.mark.parametrize("options", [{"recompute": "blocks.*"}, {"compute_dtype": torch.float64}])
+def test_blocks_that_read_what_changes_between_calls_are_refused(what, options):
+    operator = stateful(what, **options)
+    match = r"module 'blocks.\d' \(Reader\) .*changes"
+    with pytest.raises(UnsuitableSegmentError, match=match):
+        # With graphs that are kept the first product is right.
+        [products(operator) for _ in range(3)]
+
+
+@pytest.mark.parametrize("what", ["mask", "place"])
+def test_blocks_that_read_what_changes_are_left_alone_by_auto_and_results_say_so(what):
+    operator = stateful(what, memory_budget=0)
+    for _ in range(3):
+        close(products(operator), products(stateful(what, recompute="none")))
+    assert "no block is recomputed" in " ".join(operator.describe()["recompute"]["because"])
+
+
+def test_the_variable_of_a_loop_in_a_segment_by_hand_is_noticed():
+    def loss(model, batch):
+        x = model.embedding(batch["input_ids"])
+        for block in model.blocks:
+            x = recompute(lambda z: block(z) + 0, x)  # noqa: B023
+        return x.square().mean()
+
+    operator = HessianOperator(gpt(), loss, tokens(), recompute="none")
+    with pytest.raises(UnsuitableSegmentError, match=r"gave another output .* variable of a loop"):
+        products(operator)
 
 
 # --- checkpointing of the model's own ------------------------------------------------------------
