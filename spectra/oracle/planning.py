@@ -20,10 +20,11 @@ from spectra.objective.batches import leading_dimension
 from spectra.objective.memory import free_bytes, held_bytes, in_words
 from spectra.objective.objective import Objective, Part
 from spectra.oracle.casting import Casting
-from spectra.oracle.recompute import Site, UnsuitableSegmentError
+from spectra.oracle.recompute import Site, UnsuitableSegmentError, refuse_escaped
 from spectra.oracle.segments import (
     Recompute,
     attributes_replaced,
+    caches_switched_off,
     chosen_modules,
     recomputing,
     routed_checkpoints,
@@ -90,6 +91,7 @@ class Plan:
         self.recomputes = bool(self._sites) and not self._automatic
         # Looked for once: to search a large model in every pass takes as long as a small product.
         self._checkpoints: list[tuple[Any, str, Any]] | None = None
+        self._caches: list[tuple[Any, str, Any]] = []
         self._decided = False
         # Of the part that was looked at last: how many pieces it can be split into.
         self._samples = 0
@@ -100,9 +102,10 @@ class Plan:
         """Within it the blocks are recomputed, if that is the plan."""
         if self._checkpoints is None:
             self._checkpoints = routed_checkpoints(self._objective.model)
+            self._caches = caches_switched_off(self._objective.model)
         with attributes_replaced(self._checkpoints):
             if self.recomputes or self._casting is not None:
-                with self._as_segments():
+                with attributes_replaced(self._caches), self._as_segments():
                     yield
             else:
                 yield
@@ -114,9 +117,12 @@ class Plan:
         ------
         PlanChangedError
             The part takes more than there is: begin again.
+        UnsuitableSegmentError, LossError
+            The loss depends on something that would get no gradient.
         """
         self._samples = self._pieces(part)
         loss = self._objective.loss(part) if self._decided else self._first_loss(part)
+        refuse_escaped(loss)
         if self._casting is not None:
             self._casting.refuse_others(loss)
         return loss

@@ -26,18 +26,22 @@ from typing import Any
 import torch
 from torch import Tensor, overrides
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spectra.errors import ArgumentTypeError, DoubleBackwardError, SpectraError
 from spectra.objective.chunks import is_traced
 from spectra.objective.memory import SavedBytes, memory_ran_out
 from spectra.oracle import diagnose
 
-__all__ = ["Site", "UnsuitableSegmentError", "inside_a_segment", "recompute"]
+__all__ = ["Site", "UnsuitableSegmentError", "inside_a_segment", "recompute", "refuse_escaped"]
 
 # Units of rounding by which norm and sum of an output, relative to its norm, may differ.
 _REPEATED = 8
 
 _INSIDE: ContextVar[bool] = ContextVar("inside a segment", default=False)
+# Leaves of first evaluations, with their sites. They live on only in a tensor that has left its
+# segment in another way than by the output.
+_LEAVES = WeakTensorKeyDictionary()
 
 
 class UnsuitableSegmentError(SpectraError, RuntimeError):
@@ -86,8 +90,8 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         A module or function. It has to compute the same thing when it is called again, whatever
         happens in between (in a loop, pass the module rather than a lambda that looks it up);
         tensors that require a gradient come in as arguments (in lists, tuples and dicts as well)
-        or are parameters. Random numbers repeat, and so does autocast. Where nothing requires a
-        gradient it is simply called.
+        or are parameters, and go out in what it returns. Random numbers repeat, and so does
+        autocast. Where nothing requires a gradient it is simply called.
     *args, **kwargs
         Its arguments.
 
@@ -101,7 +105,8 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     ------
     UnsuitableSegmentError
         The function uses a tensor with a history that is not among its arguments, overwrites an
-        argument in place, or (in the backward pass) does not give the same output again.
+        argument in place, or (in the backward pass) does not give the same output again. In an
+        operator also where the loss depends on a tensor in it that it does not return.
     DoubleBackwardError
         In the backward pass: an operation is known to have a wrong second derivative.
 
@@ -139,6 +144,33 @@ def inside_a_segment() -> bool:
     return _INSIDE.get()
 
 
+def refuse_escaped(loss: Tensor) -> None:
+    """Refuse a loss that depends on a tensor in a segment which is none of its outputs.
+
+    The history of such a tensor ends at the segment, so that a part of the derivative would be
+    missing.
+
+    Raises
+    ------
+    UnsuitableSegmentError
+    """
+    if not _LEAVES:
+        return
+    for node in diagnose.graph_nodes([loss]):
+        _refuse_leaf(getattr(node, "variable", None))
+
+
+def _refuse_leaf(variable: Tensor | None) -> None:
+    if variable is not None and variable in _LEAVES:
+        msg = (
+            f"the loss depends on a tensor in {_LEAVES[variable].name} that is not among its "
+            "outputs but was collected on the way, such as attention weights or the logits of a "
+            "router, or kept by a hook; return it from there, leave it out of the loss, or do not "
+            "recompute what it comes from (recompute='none', checkpointing switched off)"
+        )
+        raise UnsuitableSegmentError(msg)
+
+
 class _Segment:
     """One evaluation of a function, and what it takes to repeat it."""
 
@@ -168,6 +200,7 @@ class _Segment:
             self._arguments[place] = None
         versions = [tensor._version for tensor in given]
         leaves = _fresh(given, [tensor.requires_grad for tensor in given])
+        _LEAVES.update({leaf: self.site for leaf in leaves if leaf.requires_grad})
         begun = _next_node_number()
         try:
             with self._circumstances.first_time(), self._measured(given):
@@ -228,8 +261,8 @@ class _Segment:
     def _changed(self, what: str) -> UnsuitableSegmentError:
         msg = (
             f"{self.site.name} {what} when it was computed again: it reads something that changes "
-            "between calls, such as an attribute that the model sets or the variable of a loop; "
-            "pass that as an argument, or leave it out of the recomputation"
+            "between calls, such as an attribute that the model sets, a cache, or the variable of "
+            "a loop; pass that as an argument, or leave it out of the recomputation"
         )
         return UnsuitableSegmentError(msg)
 
@@ -254,6 +287,7 @@ class _Segment:
             variable = getattr(node, "variable", None)
             if variable is not None:
                 if id(variable) not in own:
+                    _refuse_leaf(variable)
                     found[id(variable)] = variable
             elif node._sequence_nr() < begun:
                 msg = (

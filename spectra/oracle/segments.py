@@ -20,6 +20,7 @@ from spectra.oracle.recompute import Site, UnsuitableSegmentError, inside_a_segm
 __all__ = [
     "Recompute",
     "attributes_replaced",
+    "caches_switched_off",
     "chosen_modules",
     "recomputing",
     "repeated_blocks",
@@ -152,6 +153,20 @@ def attributes_replaced(replacements: list[tuple[Any, str, Any]]) -> Iterator[No
                 vars(owner).pop(name, None)
             else:
                 vars(owner)[name] = value
+
+
+def caches_switched_off(model: nn.Module | None) -> list[tuple[Any, str, Any]]:
+    """What to replace so that a Hugging Face model fills no cache of keys and values.
+
+    A cache serves the generation of texts. A block that is computed again would find itself in it.
+    """
+    modules = model.modules() if model is not None else ()
+    configs = {id(config): config for m in modules for config in [getattr(m, "config", None)]}
+    return [
+        (config, "use_cache", False)
+        for config in configs.values()
+        if getattr(config, "__dict__", {}).get("use_cache") is True
+    ]
 
 
 def routed_checkpoints(model: nn.Module | None) -> list[tuple[Any, str, Any]]:

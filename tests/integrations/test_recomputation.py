@@ -2,12 +2,17 @@
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import spectra
+from spectra.errors import DoubleBackwardError
 from spectra.oracle import chunks
+from spectra.oracle.recompute import UnsuitableSegmentError
 from spectra.oracle.segments import repeated_blocks
 from tests.cases.chunks import chunks_of
 from tests.integrations.test_architectures import (
@@ -97,6 +102,27 @@ def test_half_precision_in_storage_computes_in_single(kind):
         assert H.describe()["loss_head"] == "in chunks of 2 tokens"
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "GPT2LMHeadModel",
+        "LlamaForCausalLM",
+        "MixtralForCausalLM",
+        "BertForMaskedLM",
+        "ViTForImageClassification",
+        "T5ForConditionalGeneration",
+    ],
+)
+def test_half_precision_in_storage_computes_in_double(kind):
+    model, loss, parts = deep(kind)
+    model = model.bfloat16()
+    with DoublePrecision():
+        expected, _ = products(copy.deepcopy(model).double(), loss, parts, recompute="none")
+        with all_in_chunks():
+            found, _ = products(model, loss, parts, compute_dtype=torch.float64)
+    assert relative(found, expected) < 1e-12
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("recompute", ["none", "auto", "layers"])
 @pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "LlamaForCausalLM", "BertForMaskedLM"])
@@ -131,7 +157,156 @@ def test_one_block_called_many_times_is_recomputed_each_time():
     with DoublePrecision():
         expected, _ = products(model, loss, parts, recompute="none")
         found, _ = products(model, loss, parts, recompute="*albert_layers.0")
+        assert relative(found, expected) < 1e-12
+        model = model.bfloat16()
+        expected, _ = products(copy.deepcopy(model).double(), loss, parts, recompute="none")
+        found, _ = products(
+            model, loss, parts, recompute="*albert_layers.0", compute_dtype=torch.float64
+        )
     assert relative(found, expected) < 1e-12
+
+
+def own_loss(model, batch):
+    """As most people write it: caches of keys and values are filled along the way."""
+    return model(**batch).loss
+
+
+def with_routers(model, batch):
+    return model(**batch, output_router_logits=True).loss
+
+
+def with_attentions(model, batch):
+    output = model(**batch, output_attentions=True)
+    return output.loss + sum(weights.square().sum() for weights in output.attentions)
+
+
+def with_hidden_states(model, batch):
+    output = model(**batch, output_hidden_states=True)
+    return output.loss + sum(states.square().mean() for states in output.hidden_states)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["GPT2LMHeadModel", "LlamaForCausalLM", "MambaForCausalLM", "T5ForConditionalGeneration"],
+)
+@pytest.mark.parametrize("loss", [own_loss, with_hidden_states])
+def test_caches_are_switched_off_where_blocks_are_computed_again(kind, loss):
+    model, _, parts = deep(kind)
+    if loss is with_hidden_states and kind in SEQUENCES:
+        pytest.skip("has two lists of them, of other names")
+    blocks = list(repeated_blocks(model))
+    with DoublePrecision():
+        expected, _ = products(model, loss, parts, recompute="none")
+        for options in ({"recompute": blocks}, {"memory_budget": 0}):
+            found, H = products(model, loss, parts, **options)
+            assert relative(found, expected) < 1e-12
+            assert H.describe()["recompute"]["blocks"] == len(blocks)
+    assert model.config.use_cache
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        ("MixtralForCausalLM", with_routers),
+        ("LlamaForCausalLM", with_attentions),
+        ("BertForMaskedLM", with_attentions),
+    ],
+)
+def test_what_is_collected_from_within_blocks_is_not_lost(kind, loss):
+    model, _, parts = deep(kind)
+    # Others return no attention weights.
+    model.config._attn_implementation = "eager"
+    blocks = list(repeated_blocks(model))
+    with DoublePrecision():
+        expected, _ = products(model, loss, parts, recompute="none")
+        # It has an influence.
+        assert relative(products(model, own_loss, parts, recompute="none")[0], expected) > 1e-4
+        with pytest.raises(UnsuitableSegmentError, match="such as attention weights or the logits"):
+            products(model, loss, parts, recompute=blocks)
+        found, H = products(model, loss, parts, memory_budget=0)
+    assert relative(found, expected) < 1e-12
+    assert "no block is recomputed" in " ".join(H.describe()["recompute"]["because"])
+
+
+class Flops(TorchDispatchMode):
+    """Counts the operations of matrix products, as `FlopCounterMode` does with fewer hooks."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        count = flop_registry.get(function._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def test_blocks_below_the_first_adapter_are_not_recomputed():
+    peft = pytest.importorskip("peft")
+    costs = []
+    for depth in (1, 4):
+        options, make_batch, loss = LOSSES["LlamaForCausalLM"]
+        model = build("LlamaForCausalLM", {**options, "num_hidden_layers": depth})
+        config = peft.LoraConfig(
+            r=2,
+            target_modules=["q_proj", "v_proj"],
+            layers_to_transform=[depth - 1],
+            init_lora_weights=False,
+        )
+        with warnings.catch_warnings():
+            # Of transformers' own, about a name that peft uses.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = peft.get_peft_model(model, config).double().eval()
+        parts = [make_batch(model)]
+        blocks = list(repeated_blocks(model)) or ["*layers.0"]
+        with DoublePrecision():
+            expected, _ = products(model, loss, parts, recompute="none")
+            found, _ = products(model, loss, parts, recompute=blocks)
+        assert relative(found, expected) < 1e-12
+        for choice in ("none", blocks):
+            H = spectra.HessianOperator(model, loss, parts, recompute=choice, graph="fresh")
+            with Flops() as count:
+                H @ probes(H.shape[0], 1)
+            costs.append(count.total)
+    plain, recomputed, deep_plain, deep_recomputed = costs
+    # Three more blocks cost one forward pass each, and the recomputed one what it costs alone.
+    assert deep_plain > plain
+    assert deep_recomputed - deep_plain == recomputed - plain > 0
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM"])
+def test_hooks_on_blocks_and_in_them_act_as_without_segments(kind):
+    def larger(module, args, output):
+        return output * 1.1
+
+    model, loss, parts = deep(kind)
+    blocks = [model.get_submodule(name) for name in repeated_blocks(model)]
+    calls = []
+    blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for module in (list(blocks[0].modules())[-1], blocks[1]):
+        module.register_forward_hook(larger)
+    options = {"graph": "fresh", "recompute": list(repeated_blocks(model))}
+    with DoublePrecision():
+        expected, _ = products(model, loss, parts, recompute="none")
+        calls.clear()
+        found, _ = products(model, loss, parts, **options)
+        assert relative(found, expected) < 1e-12
+        assert len(calls) == len(parts)
+        model = model.bfloat16()
+        expected, _ = products(copy.deepcopy(model).double(), loss, parts, recompute="none")
+        found, _ = products(model, loss, parts, compute_dtype=torch.float64, **options)
+    assert relative(found, expected) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_is_refused_by_name():
+    # Of the compiler itself are the warnings.
+    model, loss, parts = deep("GPT2LMHeadModel")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(DoubleBackwardError, match="pass the model before compilation"):
+        products(compiled, loss, parts, recompute="*h.[01]")
 
 
 def test_hooks_that_place_a_model_on_devices_are_kept():
@@ -142,8 +317,13 @@ def test_hooks_that_place_a_model_on_devices_are_kept():
         placed = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
         hooked = placed.model.layers[0].forward
         found, _ = products(placed, loss, parts, recompute="model.layers.*")
+        assert relative(found, expected) < 1e-12
+        assert placed.model.layers[0].forward == hooked
+        stored = copy.deepcopy(model).bfloat16()
+        expected, _ = products(copy.deepcopy(stored).double(), loss, parts, recompute="none")
+        placed = accelerate.dispatch_model(stored, {"": "cpu"}, force_hooks=True)
+        found, _ = products(placed, loss, parts, compute_dtype=torch.float64)
     assert relative(found, expected) < 1e-12
-    assert placed.model.layers[0].forward == hooked
 
 
 def test_there_is_no_kind_without_a_test():

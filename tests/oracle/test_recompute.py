@@ -278,6 +278,57 @@ def test_a_tensor_with_a_history_has_to_be_an_argument():
         hessian(net(), loss)
 
 
+class Collecting(nn.Module):
+    """Keeps what it computes on the way, as models do with attention weights."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.inner = net()
+        self.what = what
+        self.kept = []
+
+    def forward(self, x):
+        hidden = self.inner(x)
+        self.kept.append(
+            self.inner[0].weight.square().sum() if self.what == "parameters" else hidden.sum() ** 2
+        )
+        return torch.tanh(hidden)
+
+
+def penalised(run):
+    def loss(model, x):
+        model.kept = []
+        # Twice, so that the input of the second call has a history.
+        return squares(run(model, run(model, x))) + sum(model.kept)
+
+    return loss
+
+
+def test_a_loss_of_what_a_segment_does_not_return_is_refused():
+    operator = spectra.HessianOperator(Collecting("activations"), penalised(recompute), [X])
+    match = r"a tensor in the segment Collecting that is not among its outputs but was collected"
+    with pytest.raises(UnsuitableSegmentError, match=match):
+        operator.gradient()
+
+
+def test_so_is_a_segment_around_it():
+    model = Collecting("activations")
+
+    def outer(x):
+        return penalised(recompute)(model, x)
+
+    with pytest.raises(UnsuitableSegmentError, match="not among its outputs but was collected"):
+        recompute(outer, X)
+
+
+def test_what_is_kept_but_not_used_or_depends_on_parameters_alone_does_no_harm():
+    same(Collecting("parameters"), penalised(recompute), penalised(lambda m, x: m(x)))
+    model = Collecting("activations")
+    expected = hessian(model, lambda m, x: squares(m(x)))
+    torch.testing.assert_close(hessian(model, lambda m, x: squares(recompute(m, x))), expected)
+    assert model.kept
+
+
 @pytest.mark.parametrize("change", [lambda a: a.mul_(2), lambda a: nn.functional.relu_(a.detach())])
 def test_arguments_must_not_be_overwritten(change):
     def loss(m, x):
