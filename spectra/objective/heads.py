@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spectra.errors import DataError
+from spectra.errors import DataError, SpectraError
 from spectra.objective.batches import tensors_of
 from spectra.objective.chunks import Step
 from spectra.objective.cross_entropy import (
@@ -132,6 +132,9 @@ def _find_head(
         few = {key: _cut(key, value, shape) for key, value in inputs.items()}
         try:
             logits, calls = _marked_logits(model, few, candidates)
+        except SpectraError:
+            # Such as: the memory is short, begin again. That is not about the head.
+            raise
         except Exception as error:
             msg = f"a trial on {_FEW} tokens raised {type(error).__name__}: {error}"
             raise _NoHeadError(msg) from error

@@ -112,26 +112,30 @@ class Peak:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._held = 0
+        self._counts = False
         self.bytes: int | None = None
 
     def __enter__(self) -> Peak:
         self._held = held_bytes(self._device)
-        _forget_peak(self._device)
+        self._counts = _forget_peak(self._device)
         return self
 
     def __exit__(self, *_: object) -> None:
-        peak = peak_bytes(self._device)
-        # A peak that lies before the context tells nothing of it.
-        self.bytes = peak - self._held if peak > 0 else None
+        # A peak that may lie before the context tells nothing of it.
+        if self._counts:
+            self.bytes = peak_bytes(self._device) - self._held
 
 
-def _forget_peak(device: torch.device) -> None:
-    """Let `peak_bytes` count from now on, where the system allows that."""
+def _forget_peak(device: torch.device) -> bool:
+    """Let `peak_bytes` count from now on; whether the system allows that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):
+        return True
+    try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 class SavedBytes:

@@ -2,9 +2,9 @@
 
 Parameters stay as they are. Each block gets copies of its own in the wanted dtype inside of a
 segment, so that they live as long as it is computed; what is outside of blocks has copies for as
-long as products are computed. What is differentiated by are
-stand-ins of the wanted dtype: zeros in the shapes of the parameters, which take no memory and are
-added to the copies. A gradient by a parameter in bfloat16 would be rounded to bfloat16.
+long as products are computed. What is differentiated by are stand-ins of the wanted dtype: zeros in
+the shapes of the parameters, which take no memory and are added to the copies. A gradient by a
+parameter in bfloat16 would be rounded to bfloat16.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+import contextlib
 import resource
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from torch import nn
 
 from spectra import HessianOperator, analyze
 from spectra.objective.losses import causal_lm, supervised
+from tests.cases.chunks import chunks_of
 from tests.cases.networks import StackedGPT
 
 LOSS = causal_lm()
@@ -42,6 +44,7 @@ PEAK = """
 import sys, json, torch
 import spectra
 from spectra.objective.memory import held_bytes, peak_bytes
+from tests.cases.chunks import chunks_of
 from tests.cases.networks import StackedGPT
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -100,6 +103,36 @@ def test_the_smallest_budget_takes_the_cheapest_way_and_stays_exact():
     for _ in range(2):
         close(products(operator), exact())
     assert operator.value() == pytest.approx(HessianOperator(gpt(), LOSS, tokens()).value())
+
+
+def entries_of_the_last_block(loss):
+    """How often it is computed in the first pass, where not even one sample fits."""
+    model, entered = gpt(), []
+    model.blocks[2].up.register_forward_hook(lambda *_: entered.append(1))
+    operator = HessianOperator(model, loss, tokens(1), memory_budget=0)
+    found = operator.apply(torch.ones(operator.shape[0], dtype=torch.float64))
+    plain = HessianOperator(gpt(), LOSS, tokens(1), recompute="none")
+    close(found, plain.apply(torch.ones(operator.shape[0], dtype=torch.float64)))
+    assert operator.describe()["recompute"]["blocks"] == 3
+    return len(entered), operator.describe()
+
+
+def test_a_new_plan_is_followed_where_the_loss_catches_what_announces_it():
+    def cautious(model, batch):
+        with contextlib.suppress(Exception):
+            model(**batch)
+        return LOSS(model, batch)
+
+    # The given-up pass, twice forwards, and again in three backward passes.
+    assert entries_of_the_last_block(cautious)[0] == 6
+
+
+def test_the_trial_for_the_head_does_not_swallow_a_new_plan():
+    with chunks_of(2):
+        count, described = entries_of_the_last_block(LOSS)
+    # The trial, forwards, and again in three backward passes: the given-up pass ends before.
+    assert count == 5
+    assert described["loss_head"] == "in chunks of 2 tokens"
 
 
 def test_losses_that_may_compare_samples_are_not_split():
@@ -210,6 +243,7 @@ def test_no_finished_product_is_lost():
 REAL = """
 import resource, torch
 import spectra
+from tests.cases.chunks import chunks_of
 from tests.cases.networks import StackedGPT
 torch.set_num_threads(1)
 torch.manual_seed(0)
