@@ -1,0 +1,49 @@
+"""How does a file come to be whole or not at all? Written beside its place, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = ["replace_file", "sync_directory"]
+
+
+def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file so that whoever looks, at whatever moment, finds the old one or the new one.
+
+    A temporary file in the same directory is written, brought to the disk (`fsync`) and renamed;
+    nothing of it is left where that fails.
+
+    Raises
+    ------
+    OSError
+        The directory does not exist or cannot be written to, or the disk is full.
+    """
+    parts = [content] if isinstance(content, bytes) else content
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring the names in a directory to the disk, where the system can."""
+    # Windows opens no directories, and some network file systems do not sync them.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
