@@ -12,6 +12,7 @@ import typing
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "CheckpointError",
     "DataError",
     "DoubleBackwardError",
     "LossError",
@@ -75,6 +76,10 @@ class NotSymmetricError(SpectraError, ValueError):
 
 class StorageError(SpectraError, OSError):
     """A result could not be written or read."""
+
+
+class CheckpointError(StorageError):
+    """A checkpoint is that of another run: other weights, data, options or versions."""
 
 
 class TargetError(SpectraError, ValueError):

@@ -11,7 +11,7 @@ from pathlib import Path
 __all__ = ["replace_file", "sync_directory"]
 
 
-def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
+def replace_file(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Write a file so that whoever looks, at whatever moment, finds the old one or the new one.
 
     A temporary file in the same directory is written, brought to the disk (`fsync`) and renamed;
@@ -22,7 +22,7 @@ def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
     OSError
         The directory does not exist or cannot be written to, or the disk is full.
     """
-    parts = [content] if isinstance(content, bytes) else content
+    parts: Iterable[bytes | memoryview] = [content] if isinstance(content, bytes) else content
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -28,7 +28,7 @@ from spectra.errors import ArgumentError, StorageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["FORMAT_VERSION", "Result", "load", "versions"]
+__all__ = ["FORMAT_VERSION", "Result", "decode", "encode", "load", "versions"]
 
 FORMAT_VERSION = 1
 
@@ -55,9 +55,12 @@ class Result:
     ----------
     provenance
         Where the numbers came from: the operator's description, seed, options, versions.
+    partial
+        The computation was stopped before its end, by Ctrl-C or SIGTERM, and can be resumed.
     """
 
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict, kw_only=True, repr=False)
+    partial: bool = dataclasses.field(default=False, kw_only=True, repr=False)
 
     _kinds: ClassVar[dict[str, type[Result]]] = {}
 
@@ -81,7 +84,7 @@ class Result:
             document = {
                 "format": FORMAT_VERSION,
                 "versions": versions(),
-                "result": _encode(self, "", arrays),
+                "result": encode(self, "", arrays),
             }
             text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
             content = text.encode() + b"\n"
@@ -145,7 +148,7 @@ def load(path: str | Path) -> Result:
         )
         raise StorageError(msg)
     try:
-        result = _decode(document["result"], arrays)
+        result = decode(document["result"], arrays)
     except Exception as error:
         # Of any kind: damaged values also pass through the checks of every result class.
         msg = f"the result at {str(stem)!r} is damaged: {type(error).__name__}: {error}"
@@ -169,7 +172,7 @@ def _with(stem: Path, suffix: str) -> Path:
     return stem.with_name(stem.name + suffix)
 
 
-def _encode(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
+def encode(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
     """JSON for `value`; arrays go to `arrays` under the name of their place."""
     if value is None or isinstance(value, bool | str):
         return value
@@ -191,7 +194,7 @@ def _encode(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
         return {"array": name, "shape": list(value.shape)}
     if isinstance(value, Result):
         fields = {
-            f.name: _encode(getattr(value, f.name), f"{where}.{f.name}".lstrip("."), arrays)
+            f.name: encode(getattr(value, f.name), f"{where}.{f.name}".lstrip("."), arrays)
             for f in dataclasses.fields(value)
         }
         return {"kind": type(value).__name__, "fields": fields}
@@ -199,9 +202,9 @@ def _encode(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
         if odd := [key for key in value if not isinstance(key, str)]:
             msg = f"cannot save {where!r}: its key {odd[0]!r} is no string, and JSON has no others"
             raise StorageError(msg)
-        return {"dict": {k: _encode(v, f"{where}.{k}", arrays) for k, v in value.items()}}
+        return {"dict": {k: encode(v, f"{where}.{k}", arrays) for k, v in value.items()}}
     if isinstance(value, tuple | list):
-        items = [_encode(v, f"{where}.{i}", arrays) for i, v in enumerate(value)]
+        items = [encode(v, f"{where}.{i}", arrays) for i, v in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
     msg = f"cannot save {where!r}: a {type(value).__name__} has no place in JSON or safetensors"
     raise StorageError(msg)
@@ -221,23 +224,24 @@ def _put(make: Callable[[], torch.Tensor], where: str, arrays: dict[str, torch.T
     return where
 
 
-def _decode(value: Any, arrays: dict[str, torch.Tensor]) -> Any:
+def decode(value: Any, arrays: dict[str, torch.Tensor]) -> Any:
+    """The value that `encode` wrote; of any exception where it did not."""
     if isinstance(value, list):
-        return [_decode(v, arrays) for v in value]
+        return [decode(v, arrays) for v in value]
     if not isinstance(value, dict):
         return value
     if "kind" in value:
         kind = Result._kinds[value["kind"]]
         known = {f.name for f in dataclasses.fields(kind)}
-        fields = {k: _decode(v, arrays) for k, v in value["fields"].items()}
+        fields = {k: decode(v, arrays) for k, v in value["fields"].items()}
         if unknown := set(fields) - known:
             msg = f"{kind.__name__} has no field {sorted(unknown)[0]!r}"
             raise ValueError(msg)
         return kind(**fields)
     if "dict" in value:
-        return {k: _decode(v, arrays) for k, v in value["dict"].items()}
+        return {k: decode(v, arrays) for k, v in value["dict"].items()}
     if "tuple" in value:
-        return tuple(_decode(v, arrays) for v in value["tuple"])
+        return tuple(decode(v, arrays) for v in value["tuple"])
     if "tensor" in value:
         return arrays[value["tensor"]]
     if "array" in value:

@@ -7,7 +7,10 @@ are views of them.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,7 +22,9 @@ from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.measure import SpectralDensity
 from spectra.algorithms.noise import noise_notes
 from spectra.algorithms.progress import progress_bar
+from spectra.algorithms.resuming import resumable
 from spectra.errors import ArgumentError
+from spectra.journal import Stopped, condensed
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.results import versions
 
@@ -110,6 +115,7 @@ def probe_generator(seed: int, index: int) -> torch.Generator:
     return random_probes.seeded(int(stream.generate_state(1, np.uint64)[0]))
 
 
+@resumable
 def spectral_density(
     H: Any,
     *,
@@ -120,6 +126,7 @@ def spectral_density(
     keep_basis: bool = False,
     seed: int = 0,
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
 ) -> SpectralDensity:
     """The distribution of the eigenvalues of a symmetric operator or matrix.
 
@@ -150,6 +157,10 @@ def spectral_density(
         Of the probes. Each has its own stream: a probe does not depend on how many there are.
     progress
         Show a progress bar; None for on a terminal only.
+    checkpoint
+        A file for what is computed, from which the same call goes on after a crash or a kill; see
+        «Resuming» in docs/reliability.md. Ctrl-C and SIGTERM then end the call softly: it returns
+        what there is, marked as `partial`.
 
     Returns
     -------
@@ -191,21 +202,26 @@ def spectral_density(
     if begun is not None:
         _check_begun(begun, operator, atoms=atoms, steps=steps, probes=probes, seed=seed)
     rules: list[_Rule] = []
+
+    def next_rule(i: int, bar: Any) -> _Rule:
+        if rules and rules[0].complete:
+            # Another run would find the same eigenvalues.
+            return rules[0]
+        if begun is None or i >= begun.probes:
+            generator = probe_generator(seed, i)
+            return _new_rule(operator, steps, generator, deflation, keep=keep_basis, bar=bar)
+        if begun.steps == steps or begun.ended(i):
+            return _begun_rule(begun, i, keep_basis)
+        extended = begun.runs[i].extended(operator, steps)
+        rule: _Rule = extended.rule(begun.betas[i], keep_basis, bar)
+        return rule
+
     with progress_bar("density", probes * steps, progress) as bar:
-        for i in range(probes if steps > 0 else 0):
-            if rules and rules[0].complete:
-                # Another run would find the same eigenvalues.
-                rules.append(rules[0])
-            elif begun is None or i >= begun.probes:
-                generator = probe_generator(seed, i)
-                rules.append(
-                    _new_rule(operator, steps, generator, deflation, keep=keep_basis, bar=bar)
-                )
-            elif begun.steps == steps or begun.ended(i):
-                rules.append(_begun_rule(begun, i, keep_basis))
-            else:
-                extended = begun.runs[i].extended(operator, steps)
-                rules.append(extended.rule(begun.betas[i], keep_basis, bar))
+        # One whole run at least: what is left of another says nothing by itself.
+        with _stopping_after(rules):
+            for i in range(probes if steps > 0 else 0):
+                rules.append(next_rule(i, bar))  # noqa: PERF401 - it looks at those before
+    probes = len(rules) if steps > 0 else probes
     nodes, weights, alphas, betas = (np.zeros((probes, steps)) for _ in range(4))
     for i, rule in enumerate(rules):
         live = len(rule.nodes)
@@ -247,6 +263,16 @@ def spectral_density(
     return density
 
 
+@contextlib.contextmanager
+def _stopping_after(found: Sequence[Any]) -> Iterator[None]:
+    """A run that is asked to stop ends within, if anything was found until then."""
+    try:
+        yield
+    except Stopped:
+        if not found:
+            raise
+
+
 def _new_rule(
     operator: SymmetricOperator,
     steps: int,
@@ -257,14 +283,19 @@ def _new_rule(
     bar: Any,
 ) -> _Rule:
     """The rule of a new probe. The basis goes with the return, before there is another one."""
-    outside = None if deflation is None else deflation.basis
-    run = _Run(operator, steps, generator, complement_of=outside)
-    if deflation is not None:
-        run.noise.limit = deflation.most_noise
-    rule = run.rule(np.zeros(0), keep, bar)
-    if deflation is not None and run.mixed is not None:
-        deflation.check(*run.mixed)
-    return rule
+
+    def computed() -> dict[str, Any]:
+        outside = None if deflation is None else deflation.basis
+        run = _Run(operator, steps, generator, complement_of=outside)
+        if deflation is not None:
+            run.noise.limit = deflation.most_noise
+        rule = run.rule(np.zeros(0), keep, bar)
+        if deflation is not None and run.mixed is not None:
+            deflation.check(*run.mixed)
+        return rule._asdict()
+
+    # Where the basis is kept, a run that is resumed has to make it again.
+    return _Rule(**(computed() if keep else condensed("density probe", computed)))
 
 
 def _check_begun(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,7 +23,9 @@ from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.noise import Noise, noise_notes
 from spectra.algorithms.progress import progress_bar
+from spectra.algorithms.resuming import resumable
 from spectra.errors import ArgumentError, ArgumentTypeError
+from spectra.journal import Stopped
 from spectra.objective.parameters import ParameterSpace
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
@@ -160,6 +163,7 @@ class DiagonalEstimate(Result):
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
+@resumable
 def diagonal(
     H: Any,
     *,
@@ -171,6 +175,7 @@ def diagonal(
     max_matvecs: int = 300,
     seed: int = 0,
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
 ) -> DiagonalEstimate:
     """The diagonal of a symmetric operator or matrix, and the trace of every module.
 
@@ -204,6 +209,10 @@ def diagonal(
         Of the probes.
     progress
         Show a progress bar; None for on a terminal only.
+    checkpoint
+        A file for what is computed, from which the same call goes on after a crash or a kill; see
+        «Resuming» in docs/reliability.md. Ctrl-C and SIGTERM then end the call softly: it returns
+        what there is, marked as `partial`.
 
     Returns
     -------
@@ -652,7 +661,12 @@ class _Run:
         sketch = _Sketch(self, max(2, min(self.left // 2, self.space.n, fit)))
         check = _MIN_SKETCH if self._adaptive else self.left // 2
         while True:
-            sketch.grow()
+            try:
+                sketch.grow()
+            except Stopped:
+                if sketch.count < 2:
+                    raise
+                return sketch.trial()
             finished = sketch.full or sketch.spans or self.left < 2
             if sketch.count < check and not finished:
                 continue
@@ -680,7 +694,12 @@ class _Run:
                     return self.exactly()
             signs = _signs(self.space, self.generator)
             vector = signs.to(self.space.dtype)
-            product = self.apply(vector)
+            try:
+                product = self.apply(vector)
+            except Stopped:
+                if trial.samples.count < 2:
+                    raise
+                break
             if build:
                 first.append((signs, product.clone()))
             trial.add_probe(vector, product)
@@ -710,7 +729,10 @@ class _Run:
         self.basis = self.space.describe_basis(krylov.rows)
         best, check = trial, _MIN_BASIS
         while not krylov.full:
-            krylov.step()
+            try:
+                krylov.step()
+            except Stopped:
+                break
             self._count(1)
             if krylov.size < check and not krylov.full:
                 continue

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,6 +17,7 @@ from spectra.algorithms import probes
 from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.noise import LOUD, noise_notes
 from spectra.algorithms.progress import progress_bar
+from spectra.algorithms.resuming import resumable
 from spectra.algorithms.search import (
     CERTIFICATE_CONFIDENCE,
     CERTIFICATE_STEPS,
@@ -24,6 +26,7 @@ from spectra.algorithms.search import (
     Which,
 )
 from spectra.errors import ArgumentError, ArgumentTypeError
+from spectra.journal import seal
 from spectra.objective.places import Place
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
@@ -182,6 +185,7 @@ class Eigenpairs(Result):
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
+@resumable
 def eigsh(
     H: Any,
     k: int | None = None,
@@ -196,6 +200,7 @@ def eigsh(
     v0: Any = None,
     seed: int = 0,
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Eigenpairs:
     """The extreme eigenpairs of a symmetric operator or matrix: k of them, or all beyond a value.
 
@@ -240,6 +245,10 @@ def eigsh(
         Of the random directions.
     progress
         Show a progress bar; None for on a terminal only.
+    checkpoint
+        A file for what is computed, from which the same call goes on after a crash or a kill; see
+        «Resuming» in docs/reliability.md. Ctrl-C and SIGTERM then end the call softly: it returns
+        what there is, marked as `partial`.
 
     Returns
     -------
@@ -340,7 +349,9 @@ def eigsh(
             claimed = search.claimed_residuals()
             rows, values, residuals = search.measured(operator)
         except BaseException as error:
-            if search.pairs is not None:
+            # A run that is resumed ends where the products do, and so does its record.
+            seal()
+            if search.pairs is not None and not krylov.hollow:
                 note = "interrupted: the residuals are the recurrence's own, not measured"
                 partial = result(*search.unmeasured(), notes=(note,))
                 with contextlib.suppress(AttributeError):

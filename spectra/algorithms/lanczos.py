@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spectra.algorithms import probes
 from spectra.algorithms.noise import Noise
+from spectra.journal import current
 from spectra.objective.places import Place
 from spectra.operators.base import SymmetricOperator
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Krylov", "RitzPairs", "upper_bound"]
+
+# The name of what a journal holds of the steps between two restarts.
+_RESTARTED = "Lanczos steps"
 
 # Another orthogonalisation pass is needed when the last one took away more than this share of the
 # norm (Daniel et al. 1976: «twice is enough»).
@@ -111,6 +115,7 @@ class Krylov:
         self._dropped = np.zeros(0)
         # The last two vectors of the basis are neighbours: β couples them, and nothing else.
         self._neighbours = False
+        self._log = _Log(self)
         if start is None:
             self._rows[0] = probes.sphere(self.space, generator, complement_of)
         else:
@@ -141,17 +146,15 @@ class Krylov:
 
     def step(self) -> None:
         """Add the waiting vector to the basis: one product."""
-        j = self.size
-        last = self.space.local(self._rows[j])
-        vector = self._operator.apply(last)
-        self.noise.watch(self.space, last, vector, successive=True)
-        if self._outside is not None:
-            if j == 0:
-                size = self.space.norm(vector)
-                self.mixed = (self.space.project(self._outside, vector), size)
-            probes.remove(self.space, vector, self._outside)
-        self.size = j + 1
-        coefficients, norm = self._orthogonalise(vector)
+        j, vector = self.size, None
+        if (known := self._log.step()) is not None:
+            coefficients, norm = known
+            self.size = j + 1
+        else:
+            vector = self._product(j)
+            self.size = j + 1
+            coefficients, norm = self._orthogonalise(vector)
+            self._log.add(coefficients, norm)
         self.projection[: j + 1, j] = self.projection[j, : j + 1] = coefficients
         scale = float(np.abs(self.projection[: j + 1, : j + 1]).max(initial=0.0))
         self.exhausted = norm <= max(10 * self.space.eps, _ROUNDING) * scale
@@ -161,10 +164,30 @@ class Krylov:
             self.noise.forget()
         if self.complete:
             self.beta, self.exhausted = 0.0, True
+        elif vector is None:
+            # A resumed run finds the vectors themselves at its last restart.
+            return
         elif self.exhausted:
             self._rows[self.size] = self._fresh_direction()
         else:
             self._rows[self.size] = vector.div_(norm)
+
+    @property
+    def hollow(self) -> bool:
+        """The vectors are not there: those of a run that is being resumed, before its end."""
+        return self._log.replaying
+
+    def _product(self, j: int) -> Tensor:
+        """H times basis vector number `j`, and what else it tells."""
+        last = self.space.local(self._rows[j])
+        vector = self._operator.apply(last)
+        self.noise.watch(self.space, last, vector, successive=True)
+        if self._outside is not None:
+            if j == 0:
+                size = self.space.norm(vector)
+                self.mixed = (self.space.project(self._outside, vector), size)
+            probes.remove(self.space, vector, self._outside)
+        return vector
 
     def extended(self, operator: SymmetricOperator, capacity: int) -> Self:
         """A copy with room for `capacity` vectors that goes on with `operator`."""
@@ -174,6 +197,7 @@ class Krylov:
         copied.capacity = min(capacity, self.dimension)
         copied._rows = self.space.basis(min(copied.capacity + 1, self.dimension))
         copied._rows[: len(self._rows)] = self._rows
+        copied._log = _Log(copied)
         copied.projection = np.zeros((copied.capacity, copied.capacity))
         known = slice(self.size)
         copied.projection[known, known] = self.projection[known, known]
@@ -190,13 +214,17 @@ class Krylov:
 
         Returns the pairs that are left, in terms of the new basis.
         """
-        following = self._rows[self.size].clone() if self.size < len(self._rows) else None
+        self._log.look()
         beta, exhausted = self.beta, self.exhausted
+        following = None
+        if not self.hollow and self.size < len(self._rows):
+            following = self._rows[self.size].clone()
         left = self._shrink(pairs, keep)
         # What couples the kept vectors to the next one comes out of its own projection.
         self.beta, self.exhausted = beta, exhausted
         if following is not None:
             self._rows[self.size] = following
+        self._log.restarted()
         return left
 
     def restart_fresh(self, pairs: RitzPairs, keep: np.ndarray) -> RitzPairs:
@@ -204,15 +232,19 @@ class Krylov:
 
         Returns the pairs that are left, in terms of the new basis.
         """
+        self._log.look()
         left = self._shrink(pairs, keep)
         self._dropped = left.residuals
         self.beta, self.exhausted = 0.0, True
-        self._rows[self.size] = self._fresh_direction()
+        if not self.hollow:
+            self._rows[self.size] = self._fresh_direction()
+        self._log.restarted()
         return left
 
     def _shrink(self, pairs: RitzPairs, keep: np.ndarray) -> RitzPairs:
-        rotation = torch.from_numpy(np.ascontiguousarray(pairs.coefficients[:, keep]))
-        self.space.rotate(self.basis, rotation)
+        if not self.hollow:
+            rotation = torch.from_numpy(np.ascontiguousarray(pairs.coefficients[:, keep]))
+            self.space.rotate(self.basis, rotation)
         self._dropped = self._inherited(pairs.coefficients[:, keep])
         self.size = len(keep)
         self._neighbours = False
@@ -274,6 +306,70 @@ class Krylov:
                 for rows in held:
                     space.subtract(vector, rows, space.project(rows, vector))
                 return vector.div_(space.norm(vector))
+
+
+class _Log:
+    """What a journal keeps of the steps since the last restart: all numbers, and no product.
+
+    When the basis is restarted, the numbers of the steps before and the few vectors that are left
+    take the place of the products in the journal, so that it never holds more vectors than the
+    basis. A run that is resumed takes those steps by their numbers alone.
+    """
+
+    def __init__(self, krylov: Krylov) -> None:
+        self._krylov = krylov
+        # Only where the whole course is that of one basis: the others have no restart.
+        self._journal = current(krylov._operator) if krylov._outside is None else None
+        self._begin = 0 if self._journal is None else self._journal.position
+        self._matvecs = 0
+        self._steps: list[Any] = []
+        self._known: dict[str, Any] | None = None
+
+    @property
+    def replaying(self) -> bool:
+        """The steps are known, their vectors are not there."""
+        return self._known is not None
+
+    def look(self) -> None:
+        """Find out whether what comes up to the next restart is known."""
+        if self._journal is not None and self._known is None and not self._steps:
+            self._known = self._journal.recall(_RESTARTED, into=self._krylov.rows)
+
+    def step(self) -> tuple[np.ndarray, float] | None:
+        """Coefficients and norm of the next step if they are known."""
+        self.look()
+        if self._known is None:
+            return None
+        coefficients, norm, noise = self._known["steps"][len(self._steps)]
+        self._steps.append(None)
+        self._krylov.noise.state = tuple(noise)
+        return np.array(coefficients), norm
+
+    def add(self, coefficients: np.ndarray, norm: float) -> None:
+        """Note a step that was computed."""
+        if self._journal is not None:
+            self._steps.append((coefficients.tolist(), norm, list(self._krylov.noise.state)))
+
+    def restarted(self) -> None:
+        """The basis was shrunk; its next vector is in place."""
+        krylov, journal = self._krylov, self._journal
+        if journal is None:
+            return
+        if self._known is not None:
+            krylov._generator.set_state(_generator_state(self._known["generator"]))
+        else:
+            value = {
+                "steps": self._steps,
+                "generator": bytes(krylov._generator.get_state().numpy()).hex(),
+            }
+            following = min(krylov.size + 1, len(krylov.rows))
+            rows = krylov.rows[:following]
+            journal.condense(self._begin, _RESTARTED, value, matvecs=len(self._steps), rows=rows)
+        self._known, self._steps, self._begin = None, [], journal.position
+
+
+def _generator_state(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 def upper_bound(

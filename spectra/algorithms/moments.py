@@ -105,10 +105,13 @@ class KnownPart(Protocol):
     ----------
     trace, square
         Trace of M, and its squared Frobenius norm.
+    noted
+        What else it keeps of the probes, at most one array of each.
     """
 
     trace: float
     square: float
+    noted: list[np.ndarray]
 
     def take_from(self, vector: Tensor, product: Tensor) -> None:
         """Turn the product H `vector` into (H − M) `vector`, in place."""
@@ -119,6 +122,9 @@ class Nothing:
 
     trace = 0.0
     square = 0.0
+
+    def __init__(self) -> None:
+        self.noted: list[np.ndarray] = []
 
     def take_from(self, vector: Tensor, product: Tensor) -> None:
         """Leave the product as it is."""
@@ -158,6 +164,18 @@ class Samples:
         self._squares.append(known.square + space.norm(product) ** 2)
         product.add_(vector, alpha=-inner / space.norm(vector) ** 2)
         self._variances.append(2 * space.norm(product) ** 2)
+
+    @property
+    def last(self) -> tuple[float, float, float]:
+        """The last sample of the trace, of the square, and its variance."""
+        return self._traces[-1], self._squares[-1], self._variances[-1]
+
+    def append(self, sample: tuple[float, float, float]) -> None:
+        """Take in what was `last` in another run."""
+        for values, value in zip(
+            (self._traces, self._squares, self._variances), sample, strict=True
+        ):
+            values.append(value)
 
     def moments(self, matvecs: int, noise: float) -> Moments:
         """The samples so far, with what they cost and how noisy the products were."""

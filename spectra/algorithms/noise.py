@@ -94,6 +94,20 @@ class Noise:
             self._last = None
         self._last = (v.clone(), hv.clone())
 
+    @property
+    def state(self) -> tuple[float, float, int]:
+        """What the pairs so far have told: all but the last product, which is not kept for long."""
+        return self._defects, self._sizes, self._count
+
+    @state.setter
+    def state(self, known: tuple[float, float, int]) -> None:
+        self._defects, self._sizes, self._count = known
+
+    @property
+    def settled(self) -> bool:
+        """No further product is compared."""
+        return self._count >= _WATCHED and self._last is None
+
     def forget(self) -> None:
         """The next product has nothing to do with the last one."""
         self._last = None

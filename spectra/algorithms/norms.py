@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,9 +14,11 @@ from spectra.algorithms.density import SpectralDensity, check_counts, spectral_d
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.algorithms.moments import SQUARE_WIDENING
 from spectra.algorithms.noise import noise_notes
+from spectra.algorithms.resuming import resumable
 from spectra.algorithms.spectral_norm import lanczos, power_iteration
 from spectra.algorithms.summation import probe_sums, result
 from spectra.errors import ArgumentError
+from spectra.journal import Stopped
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.results import versions
 
@@ -30,6 +33,7 @@ _MIN_PROBES = 5
 _STEPS = 20
 
 
+@resumable
 def norm(
     H: Any,
     ord: Literal[2, "fro", "nuc", "schatten"] = 2,
@@ -43,6 +47,7 @@ def norm(
     max_matvecs: int = 300,
     seed: int = 0,
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Estimate:
     """A norm of a symmetric operator or matrix.
 
@@ -75,6 +80,10 @@ def norm(
         Of the random vectors.
     progress
         Show a progress bar; None for on a terminal only.
+    checkpoint
+        A file for what is computed, from which the same call goes on after a crash or a kill; see
+        «Resuming» in docs/reliability.md. Ctrl-C and SIGTERM then end the call softly: it returns
+        what there is, marked as `partial`.
 
     Returns
     -------
@@ -213,15 +222,20 @@ def _schatten(
         raise ArgumentError(msg)
     count, density = min(_MIN_PROBES, affordable), None
     while True:
-        density = spectral_density(
-            operator,
-            steps=steps,
-            probes=count,
-            deflate=deflate,
-            begun=density,
-            seed=seed,
-            progress=progress,
-        )
+        try:
+            density = spectral_density(
+                operator,
+                steps=steps,
+                probes=count,
+                deflate=deflate,
+                begun=density,
+                seed=seed,
+                progress=progress,
+            )
+        except Stopped:
+            if density is None:
+                raise
+            count = affordable
         scale = max(map(abs, density.support)) or 1.0
         power = _sum_of_powers(density, p, scale, confidence)
         low, high = (scale * max(end, 0.0) ** (1 / p) for end in power.interval())

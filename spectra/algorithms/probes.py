@@ -26,6 +26,7 @@ from spectra.algorithms.moments import (
 from spectra.algorithms.noise import Noise, most_noise
 from spectra.algorithms.progress import progress_bar
 from spectra.errors import ArgumentError, ArgumentTypeError
+from spectra.journal import Stopped, current, remember
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator
 
@@ -140,6 +141,7 @@ class Deflation:
         self.most_noise = most_noise(self.values, self._residuals, rounding)
         # H q = λ q + r puts r both above and below the diagonal of the deflated block.
         self.square = float((self.values**2).sum() + 2 * (np.asarray(pairs.residuals) ** 2).sum())
+        self.noted: list[np.ndarray] = []
 
     def __len__(self) -> int:
         return len(self.values)
@@ -244,8 +246,35 @@ class Run:
                     break
                 if come > self.space.n <= self.left:
                     return self.exactly()
-            samples.add(known, *self.probe(orthogonal_to))
+            try:
+                self._add_sample(samples, known, orthogonal_to)
+            except Stopped:
+                if len(samples) < 2:
+                    raise
+                break
         return samples.moments(self.spent, self.noise.relative)
+
+    def _add_sample(
+        self, samples: Samples, known: KnownPart, orthogonal_to: Tensor | None = None
+    ) -> None:
+        """One more probe, of which a journal keeps the numbers only."""
+        if current() is None or not self.noise.settled:
+            # The first ones are compared with one another, which takes their vectors.
+            samples.add(known, *self.probe(orthogonal_to))
+            return
+        before, count = len(samples), len(known.noted)
+
+        def add() -> dict[str, Any]:
+            samples.add(known, *self.probe(orthogonal_to))
+            state = self.generator.get_state()
+            return {"sample": samples.last, "noted": known.noted[count:], "generator": state}
+
+        value = remember("probe", add)
+        if len(samples) == before:
+            samples.append(value["sample"])
+            known.noted += value["noted"]
+            self.generator.set_state(value["generator"])
+            self.count()
 
     def exactly(self) -> Moments:
         """Trace and squared Frobenius norm from the n products with unit vectors."""

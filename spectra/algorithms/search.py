@@ -7,6 +7,7 @@ bound what else there could be.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from spectra.algorithms.lanczos import Krylov, RitzPairs, upper_bound
 from spectra.algorithms.noise import most_noise
+from spectra.journal import remember
 from spectra.operators.base import SymmetricOperator
 
 __all__ = ["CERTIFICATE_CONFIDENCE", "CERTIFICATE_STEPS", "Search", "Target", "Which"]
@@ -205,18 +207,10 @@ class Search:
         chunk = max(1, min(krylov.capacity // 4, _BLOCK_BYTES // space.vector_bytes))
         for start in range(0, len(rows), chunk):
             some = slice(start, start + chunk)
-            self._measure(operator, space.local(rows[some]), values[some], residuals[some])
+            measure = functools.partial(_measured, operator, space.local(rows[some]))
+            values[some], residuals[some] = remember("residuals", measure)
+            self.bar.update(len(rows[some]))
         return krylov.rows, values, residuals
-
-    def _measure(
-        self, operator: SymmetricOperator, rows: Tensor, values: np.ndarray, residuals: np.ndarray
-    ) -> None:
-        """Fill in Rayleigh quotients and residuals. The products go before others are made."""
-        space = operator.space
-        for i, (row, product) in enumerate(zip(rows, operator.apply(rows.T).T, strict=True)):
-            values[i] = space.inner(row, product)
-            residuals[i] = space.norm(product.sub_(row, alpha=values[i]))
-            self.bar.update()
 
     @property
     def _steps_left(self) -> int:
@@ -395,6 +389,16 @@ class Search:
             f"one more eigenvalue {' or '.join(ranges)} cannot be excluded: a cluster, or a "
             "multiple eigenvalue, may be incomplete"
         )
+
+
+def _measured(operator: SymmetricOperator, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Rayleigh quotients and residuals (k,). The products go before others are made."""
+    space = operator.space
+    values, residuals = np.zeros(len(rows)), np.zeros(len(rows))
+    for i, (row, product) in enumerate(zip(rows, operator.apply(rows.T).T, strict=True)):
+        values[i] = space.inner(row, product)
+        residuals[i] = space.norm(product.sub_(row, alpha=values[i]))
+    return values, residuals
 
 
 def _wanted(values: np.ndarray, k: int, which: Which) -> np.ndarray:

@@ -22,6 +22,7 @@ from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.moments import KnownPart, Moments, Nothing, Samples
 from spectra.algorithms.probes import MIN_PROBES, Run, gaussian, remove
 from spectra.errors import ArgumentError
+from spectra.journal import Stopped
 from spectra.objective.places import Place
 from spectra.objective.vectors import VectorSpace
 
@@ -49,6 +50,7 @@ class KrylovPart:
         self._core = torch.from_numpy(core.copy()).to(space.device)
         self.trace = float(np.trace(core))
         self.square = float((core**2).sum())
+        self.noted: list[np.ndarray] = []
 
     def take_from(self, vector: Tensor, product: Tensor) -> None:
         """Turn the product H `vector` into (H − M) `vector`, in place."""
@@ -118,7 +120,12 @@ def _grow(run: Run, probes: list[Tensor], come: float) -> Krylov | None:
     krylov.noise = run.noise
     check, paid, before = _MIN_BASIS, 0, come
     while not krylov.full:
-        krylov.step()
+        try:
+            krylov.step()
+        except Stopped:
+            if krylov.size == 0:
+                return None
+            break
         run.count()
         # An exhausted space may hold all of H already.
         if krylov.size < check and not krylov.exhausted:
@@ -192,6 +199,7 @@ class _Range:
         self.size = 0
         self.trace = 0.0
         self.square = 0.0
+        self.noted: list[np.ndarray] = []
 
     @property
     def rows(self) -> Tensor:
@@ -275,7 +283,12 @@ def by_xtrace(run: Run) -> tuple[Moments, str]:
     sketch = _Sketch(run, fitting // 2, place)
     check = _MIN_SKETCH
     while True:
-        grown = sketch.grow()
+        try:
+            grown = sketch.grow()
+        except Stopped:
+            if sketch.size < 2:
+                raise
+            return sketch.moments(), "XTrace"
         if not grown or sketch.size == n:
             core = sketch.core
             moments = run.known(float(np.trace(core)), float((core**2).sum()))

@@ -12,11 +12,13 @@ solutions with MINRES".
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,7 +28,9 @@ from torch import Tensor
 from spectra.algorithms import probes
 from spectra.algorithms.noise import Noise, noise_notes
 from spectra.algorithms.progress import progress_bar
+from spectra.algorithms.resuming import resumable
 from spectra.errors import ArgumentError, ArgumentTypeError
+from spectra.journal import Stopped
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.results import Result, versions
 
@@ -121,6 +125,7 @@ class Solution(Result):
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
+@resumable
 def solve(
     H: Any,
     b: Any,
@@ -131,6 +136,7 @@ def solve(
     max_matvecs: int | None = None,
     ncv: int = 20,
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Solution:
     """The solution of (H + damping·I) x = b for a symmetric operator or matrix.
 
@@ -158,6 +164,10 @@ def solve(
         the textbook's MINRES.
     progress
         Show a progress bar; None for on a terminal only.
+    checkpoint
+        A file for what is computed, from which the same call goes on after a crash or a kill; see
+        «Resuming» in docs/reliability.md. Ctrl-C and SIGTERM then end the call softly: it returns
+        what there is, marked as `partial`.
 
     Returns
     -------
@@ -219,7 +229,9 @@ def solve(
     refinement = _Refinement(shifted, target, preconditioner, rtol=rtol, budget=budget, ncv=ncv)
     with progress_bar("solve", budget, progress) as bar:
         shifted.bar = bar
-        refinement.run()
+        # Stopped with nothing found yet, x = 0 has the residual b.
+        with contextlib.suppress(Stopped):
+            refinement.run()
     pairs = 0 if deflate is None else len(deflate.values)
     noise = shifted.noise.relative
     floor = noise * operator.space.norm(target)
@@ -536,8 +548,12 @@ class _Refinement:
             self._shifted, self._residual, self._preconditioner, ncv, small=0.1 * self._null
         )
         enough = _MARGIN * self._rtol * self._norm_of_b
-        while minres.norm > enough and not minres.singular and self._left() > 1:
-            minres.step()
+        try:
+            while minres.norm > enough and not minres.singular and self._left() > 1:
+                minres.step()
+        except Stopped:
+            self._take_unmeasured(minres)
+            raise
         if minres.curvature < self.curvature:
             self.curvature, self.direction = minres.curvature, minres.direction
         claimed, singular = minres.norm, minres.singular
@@ -554,6 +570,18 @@ class _Refinement:
             self.x, self._residual, self.norm = x, residual, norm
         finished = claimed <= enough or singular
         return _Outcome(finished, singular, claimed, minres.slope)
+
+    def _take_unmeasured(self, minres: _Minres) -> None:
+        """The solution as it stands where no product can be made any more."""
+        if minres.norm <= self.norm:
+            self.x, self._residual, self.norm = (
+                self.x + minres.correction,
+                minres.residual,
+                minres.norm,
+            )
+            self.notes.append("the residual is the recurrence's own, not measured")
+        if minres.curvature < self.curvature:
+            self.curvature, self.direction = minres.curvature, minres.direction
 
     def _measured(self, correction: Tensor) -> tuple[Tensor, Tensor, float]:
         """The corrected solution, its residual and the norm of that: one product."""

@@ -14,6 +14,7 @@ from spectra.algorithms.estimate import Estimate
 from spectra.algorithms.lanczos import Krylov, upper_bound
 from spectra.algorithms.noise import Noise, noise_notes
 from spectra.algorithms.progress import progress_bar
+from spectra.journal import Stopped
 from spectra.operators.base import SymmetricOperator
 
 __all__ = ["lanczos", "power_iteration"]
@@ -43,7 +44,13 @@ def power_iteration(
         while steps < max_matvecs:
             if previous is not None:
                 x = y / rho
-            y = operator.apply(x)
+            try:
+                y = operator.apply(x)
+            except Stopped:
+                if previous is None:
+                    raise
+                x, y, rho = previous
+                break
             noise.watch(space, x, y, successive=True)
             rho = space.norm(y)
             steps += 1
@@ -119,7 +126,12 @@ def lanczos(
     ritz = np.zeros(1)
     with progress_bar("Lanczos", capacity, progress) as bar:
         while not (krylov.full or krylov.exhausted or gap <= tol):
-            krylov.step()
+            try:
+                krylov.step()
+            except Stopped:
+                if not betas:
+                    raise
+                break
             betas.append(krylov.beta)
             bar.update()
             ritz = krylov.ritz().values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -12,6 +13,7 @@ from spectra.algorithms.estimate import Estimate
 from spectra.algorithms.moments import Moments, Stop
 from spectra.algorithms.noise import noise_notes
 from spectra.algorithms.progress import progress_bar
+from spectra.algorithms.resuming import resumable
 from spectra.algorithms.sketch import by_hutch_pp, by_krylov, by_xtrace
 from spectra.errors import ArgumentError
 from spectra.operators.base import as_operator
@@ -25,6 +27,7 @@ __all__ = ["trace", "trace_estimate"]
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace"]
 
 
+@resumable
 def trace(
     H: Any,
     *,
@@ -36,6 +39,7 @@ def trace(
     max_matvecs: int = 300,
     seed: int = 0,
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Estimate:
     """The trace of a symmetric operator or matrix, the sum of its eigenvalues.
 
@@ -70,6 +74,10 @@ def trace(
         Of the probes.
     progress
         Show a progress bar; None for on a terminal only.
+    checkpoint
+        A file for what is computed, from which the same call goes on after a crash or a kill; see
+        «Resuming» in docs/reliability.md. Ctrl-C and SIGTERM then end the call softly: it returns
+        what there is, marked as `partial`.
 
     Returns
     -------

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from spectra.algorithms.functions import (
 )
 from spectra.algorithms.moments import check_tolerances
 from spectra.algorithms.norms import frobenius_estimate, norm
+from spectra.algorithms.resuming import resumable
 from spectra.algorithms.summation import spectral_interval
 from spectra.algorithms.trace import trace_estimate
 from spectra.analysis.budget import Budget, Ledger
@@ -164,6 +166,7 @@ class Analysis(Result):
         return "\n\n".join(parts)
 
 
+@resumable
 def analyze(
     H: Any,
     k: int = 10,
@@ -181,6 +184,7 @@ def analyze(
     max_matvecs: int = 200,
     seed: int = 0,
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Analysis:
     """Eigenpairs, norms, traces, density and spectral sums of a symmetric operator or matrix.
 
@@ -212,6 +216,10 @@ def analyze(
         Of all random vectors.
     progress
         Show progress bars; None for on a terminal only.
+    checkpoint
+        A file for what is computed, from which the same call goes on after a crash or a kill; see
+        «Resuming» in docs/reliability.md. Ctrl-C and SIGTERM then end the call softly: it returns
+        what there is, marked as `partial`.
 
     Returns
     -------

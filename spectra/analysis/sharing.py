@@ -48,7 +48,7 @@ class _Known:
             self.trace, self.square = self.trace + part.trace, self.square + part.square
             if has_modules(space):
                 self.parameter_traces += sums_over(part.diagonal(), list(space.slices.values()))
-        self.samples: list[np.ndarray] = []
+        self.noted: list[np.ndarray] = []
 
     def take_from(self, vector: Tensor, product: Tensor) -> None:
         """Turn the product with a `vector` that has no part in the pairs into that of the rest."""
@@ -58,7 +58,7 @@ class _Known:
         if self._part is not None:
             self._part.take_from(vector, product)
             rest = inner_by_parameter(self._space, vector, product)
-        self.samples.append(self.parameter_traces + 2 * (whole - outside) + rest)
+        self.noted.append(self.parameter_traces + 2 * (whole - outside) + rest)
 
 
 class Shared:
@@ -102,7 +102,7 @@ class Shared:
         self.krylov_vectors = 0
         if density is None:
             return
-        self.known.samples += [self.known.parameter_traces + s for s in density.parameter_traces]
+        self.known.noted += [self.known.parameter_traces + s for s in density.parameter_traces]
         if density.steps < 2:
             # A rule of one node is exact to degree 1: it knows the trace, but not the square.
             return
@@ -123,7 +123,7 @@ class Shared:
             samples.add(part, vector, product)
             if has_modules(space):
                 # What the run took out of the product before, as the density has it.
-                part.samples[-1] += density.parameter_traces[i] - outside
+                part.noted[-1] += density.parameter_traces[i] - outside
         sharper = samples.moments(0, density.noise)
         # Student's interval of N probes has a half-width of about 2 sqrt(variance / N).
         target = self.begun.target("trace", rtol, None)
@@ -140,7 +140,7 @@ class Shared:
         space, known = self._space, self.known
         if not has_modules(space):
             return None
-        places, samples, method = list(space.slices.values()), known.samples, trace.method
+        places, samples, method = list(space.slices.values()), known.noted, trace.method
         if moments.exact:
             method = "n unit vectors" if len(moments.diagonal) else "all known eigenpairs"
             samples = [known.parameter_traces]

@@ -35,6 +35,7 @@ from spectra.objective.batches import (
     tensors_of,
     to_device,
 )
+from spectra.objective.identity import digest, digest_of
 from spectra.objective.keeping import (
     buffers_kept,
     checksums,
@@ -132,6 +133,10 @@ class Objective(Protocol):
         """Equal as long as no parameter, buffer or batch was changed since."""
         ...
 
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed, as text by name; reads all the data."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Where the objective comes from, for the provenance of results."""
         ...
@@ -211,6 +216,17 @@ class FunctionObjective:
         """Versions and checksums of the tensors."""
         tensors = [*self.parameters, *self._watched]
         return versions(tensors), checksums(tensors)
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of the function and of the tensors, by name."""
+        return {
+            "function": f"{self._name} {digest_of(self._function)}",
+            "weights": {
+                name: digest(tensor)
+                for name, tensor in zip(self.space.names, self.parameters, strict=True)
+            },
+            "other tensors digest": digest(*self._watched),
+        }
 
     def describe(self) -> dict[str, Any]:
         """The function's name."""
@@ -382,6 +398,27 @@ class ModelObjective:
         # Other iterables would have to be read; a list is what gets changed in place.
         batches = tensors_of(self._data) if isinstance(self._data, list | tuple) else []
         return versions(tensors), checksums(tensors), modes, versions(batches)
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of every parameter and buffer, of every batch, of the loss and the options."""
+        with self.evaluating():
+            data = {
+                part.label: f"{digest_of(part.batch)}, weight {part.weight:g}"
+                for part in self.parts()
+            }
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        modes = {name: module.training for name, module in self.model.named_modules()}
+        return {
+            "model": f"{type(self.model).__name__}, digest {digest_of(repr(self.model))}",
+            "weights": {name: digest(tensor) for name, tensor in tensors},
+            "analysed parameters": list(self.space.names),
+            "training modes digest": digest_of(modes),
+            "loss": f"{self._loss_name} {digest_of(self._loss)}",
+            "data": data,
+            "reduction": self.reduction,
+            "microbatch": self.microbatch,
+            "compute_dtype": str(self._compute_dtype),
+        }
 
     def describe(self) -> dict[str, Any]:
         """The model, loss and data by name and size; under "notes" what is to be known of them."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spectra.errors import StorageError
+from spectra.journal import remember
 from spectra.objective import places
 from spectra.objective.memory import free_bytes
 from spectra.objective.places import Place
@@ -61,12 +62,19 @@ class VectorSpace:
         return self.n * torch.finfo(self.dtype).bits // 8
 
     def affordable(self, place: Place = "device") -> int:
-        """How many vectors fit into half of what is free now, of memory or of the disk."""
-        if place == "disk":
-            free = places.free_disk_bytes()
-        else:
-            free = free_bytes(self.device if place == "device" else torch.device("cpu"))
-        return free // 2 // max(1, self.vector_bytes)
+        """How many vectors fit into half of what is free now, of memory or of the disk.
+
+        In a run that is resumed, what was found the first time: its course depends on it.
+        """
+
+        def found() -> int:
+            if place == "disk":
+                free = places.free_disk_bytes()
+            else:
+                free = free_bytes(self.device if place == "device" else torch.device("cpu"))
+            return free // 2 // max(1, self.vector_bytes)
+
+        return remember(f"room on {place}", found)
 
     def place(
         self, wanted: int, least: int | None = None, *, spare: int = 3, room: int | None = None

@@ -20,6 +20,8 @@ from spectra.errors import (
     NonFiniteError,
     NotSymmetricError,
 )
+from spectra.journal import current
+from spectra.objective.identity import digest
 from spectra.objective.vectors import VectorSpace
 
 __all__ = ["MatrixOperator", "SymmetricOperator", "as_operator"]
@@ -94,8 +96,19 @@ class SymmetricOperator(LinearOperator):
         """
         self._check_tensor(vectors)
         rows = vectors.unsqueeze(0) if vectors.dim() == 1 else vectors.T
-        products = self._checked_products(rows.contiguous())
+        journal, rows = current(self), rows.contiguous()
+        if journal is None:
+            products = self._checked_products(rows)
+        else:
+            products = journal.product(rows, self._checked_products)
         return products[0] if vectors.dim() == 1 else products.T
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed, as text by name.
+
+        A SciPy LinearOperator can say nothing of its numbers.
+        """
+        return {"operator": type(self).__name__, "n": self.space.n, "dtype": str(self.space.dtype)}
 
     def to_dense(self, limit: int = 20_000) -> Tensor:
         """The full matrix (n, n), by n products: for verification of small cases only.
@@ -231,6 +244,10 @@ class MatrixOperator(SymmetricOperator):
         self._numpy = numpy
         super().__init__(VectorSpace(len(matrix), matrix.dtype, matrix.device))
 
+    def identity(self) -> dict[str, Any]:
+        """With a digest of the matrix."""
+        return {**super().identity(), "matrix digest": digest(self.matrix)}
+
     def _products(self, rows: Tensor) -> Tensor:
         # Symmetric, so that rows times the matrix are the products in rows.
         return rows @ self.matrix
@@ -245,6 +262,14 @@ class ForeignOperator(SymmetricOperator):
         self.operator = operator
         single = operator.dtype == np.float32
         super().__init__(VectorSpace(operator.shape[0], torch.float32 if single else torch.float64))
+
+    def identity(self) -> dict[str, Any]:
+        """With a digest of a sparse matrix."""
+        if isinstance(self.operator, LinearOperator):
+            return {**super().identity(), "of": type(self.operator).__name__}
+        entries = self.operator.tocoo()
+        parts = [torch.from_numpy(np.asarray(a)) for a in (entries.row, entries.col, entries.data)]
+        return {**super().identity(), "matrix digest": digest(*parts)}
 
     def _products(self, rows: Tensor) -> Tensor:
         if isinstance(self.operator, LinearOperator):

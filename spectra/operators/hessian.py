@@ -273,6 +273,10 @@ class HessianOperator(SymmetricOperator):
         """Free the kept graphs; the next product builds them again."""
         self._oracle.release()
 
+    def identity(self) -> dict[str, Any]:
+        """Digests of weights, data and loss; reads all the data once."""
+        return {**super().identity(), **self.objective.identity()}
+
     def describe(self) -> dict[str, Any]:
         """What the operator is, for the provenance of results."""
         return {

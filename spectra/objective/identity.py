@@ -1,0 +1,118 @@
+"""By what is a computation known again, so that another one is not taken for it?
+
+Digests of all numbers that products depend on, and of the code that combines them, as far as both
+can be seen. What cannot, such as a module-level variable that a loss reads, is the reason why a
+run that is resumed also computes its last product once more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["digest", "digest_of"]
+
+_PIECE = 1 << 22
+# Objects within objects: a loss holds a criterion that holds weights.
+_DEPTH = 6
+_PLAIN = (bool, int, float, complex, str, bytes, np.generic, torch.dtype, torch.device, slice)
+_CODE = (types.CodeType, types.FunctionType, types.MethodType, functools.partial)
+
+
+def digest(*tensors: Tensor) -> str:
+    """A digest of the entries of tensors, their dtypes and shapes; the same on every device."""
+    total = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        for piece in _pieces(tensor):
+            total.update(piece)
+    return total.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """A digest of whatever can be seen of a value: numbers, text, tensors, code, containers."""
+    total = hashlib.blake2b(digest_size=8)
+    for piece in _walk(value, _DEPTH):
+        total.update(piece)
+    return total.hexdigest()
+
+
+def _pieces(tensor: Tensor) -> Iterator[bytes]:
+    tensor = tensor.detach()
+    yield f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    flat = tensor.reshape(-1)
+    for start in range(0, len(flat), _PIECE):
+        piece = flat[start : start + _PIECE].cpu().contiguous()
+        yield piece.view(torch.uint8).numpy().tobytes() if len(piece) else b""
+
+
+def _walk(value: Any, depth: int) -> Iterator[bytes]:
+    """What is seen of a value, as bytes; of objects that are too deep, their type."""
+    yield type(value).__qualname__.encode()
+    if value is None or isinstance(value, _PLAIN):
+        yield repr(value).encode()
+    elif isinstance(value, Tensor):
+        yield from _pieces(value)
+    elif isinstance(value, np.ndarray):
+        yield f"{value.dtype}{value.shape}".encode()
+        yield value.tobytes() if value.dtype != object else repr(value).encode()
+    elif depth == 0:
+        return
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _walk(key, depth - 1)
+            yield from _walk(item, depth - 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _walk(item, depth - 1)
+    elif isinstance(value, set | frozenset):
+        for text in sorted(map(repr, value)):
+            yield text.encode()
+    elif isinstance(value, _CODE):
+        yield from _walk_code(value, depth - 1)
+    else:
+        yield from _walk_object(value, depth - 1)
+
+
+def _walk_code(value: Any, depth: int) -> Iterator[bytes]:
+    """What a function computes, and with what."""
+    if isinstance(value, types.CodeType):
+        yield value.co_code
+        yield repr(value.co_names).encode()
+        parts: Any = value.co_consts
+    elif isinstance(value, types.MethodType):
+        parts = (value.__func__, value.__self__)
+    elif isinstance(value, functools.partial):
+        parts = (value.func, value.args, value.keywords)
+    else:
+        yield value.__qualname__.encode()
+        # A cell may be empty still: that of a function which refers to itself.
+        cells = [getattr(cell, "cell_contents", None) for cell in value.__closure__ or ()]
+        parts = (value.__code__, value.__defaults__, value.__kwdefaults__, *cells)
+    for part in parts:
+        yield from _walk(part, depth)
+
+
+def _walk_object(value: Any, depth: int) -> Iterator[bytes]:
+    if isinstance(value, nn.Module):
+        # Its numbers are those of a criterion; those of the model are told by name elsewhere.
+        yield repr(value).encode()
+        if not any(True for _ in value.parameters()):
+            yield from _walk(dict(value.named_buffers()), depth)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _walk({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, depth)
+    elif isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
+        yield value.__name__.encode()
+    else:
+        yield from _walk(dict(getattr(value, "__dict__", {})), depth)
