@@ -38,8 +38,10 @@ __all__ = [
     "clock",
     "condensed",
     "current",
+    "ended",
     "remember",
     "seal",
+    "unless_stopped",
 ]
 
 T = TypeVar("T")
@@ -393,6 +395,20 @@ def seal() -> None:
     journal = _current.get()
     if journal is not None:
         journal.seal()
+
+
+def ended() -> bool:
+    """The run that is under way is at its end, though not at that of its question."""
+    journal = _current.get()
+    return journal is not None and journal.sealed
+
+
+def unless_stopped(make: Callable[[], T]) -> T | None:
+    """The value of `make`, or None if the run was asked to stop before there was one."""
+    try:
+        return make()
+    except Stopped:
+        return None
 
 
 def clock() -> float:

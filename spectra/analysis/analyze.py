@@ -30,6 +30,7 @@ from spectra.algorithms.trace import trace_estimate
 from spectra.analysis.budget import Budget, Ledger
 from spectra.analysis.sharing import Shared
 from spectra.errors import ArgumentError
+from spectra.journal import Stopped, ended, remember, unless_stopped
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.operators.hessian import HessianOperator
 from spectra.results import Result, versions
@@ -284,13 +285,14 @@ def analyze(
                 seed=int(streams[0]),
                 progress=progress,
             )
-            notes += _density_notes(measure, steps, probes)
+            notes += [] if ended() else _density_notes(measure, steps, probes)
         spectral = ledger.timed(
             "spectral norm",
             lambda: _spectral_norm(ledger, operator, pairs, measure, seed=seed, progress=progress),
         )
         if trace:
-            trace_result, frobenius, blocks = _trace_and_frobenius(
+            sampled = functools.partial(
+                _trace_and_frobenius,
                 ledger,
                 operator,
                 pairs,
@@ -301,12 +303,13 @@ def analyze(
                 progress=progress,
                 provenance=provenance,
             )
+            trace_result, frobenius, blocks = unless_stopped(sampled) or (None, None, None)
             if frobenius is not None:
                 frobenius = _not_below_the_norm(frobenius, spectral)
             if measure is not None:
                 # The runs have served; their bases would stay in memory with the result.
                 measure.keep(())
-            if trace_result is None:
+            if trace_result is None and not ended():
                 notes.append("the budget left no products for trace and Frobenius norm")
     return Analysis(
         eigenpairs=pairs,
@@ -348,8 +351,8 @@ def _eigenpairs(
     first = functools.partial(ledger.timed, "gradient", lambda: _value_and_gradient_norm(operator))
     if not ledger.limited:
         # Products have checks that a gradient has not: they come first.
-        pairs = ledger.timed("eigenpairs", lambda: eigsh(operator, k, **options))
-        return (pairs, *first())
+        pairs = ledger.timed("eigenpairs", lambda: _found_pairs(operator, k, **options))
+        return (pairs, None, None) if ended() else (pairs, *first())
     value, gradient_norm = first()
     allowed = ledger.left(10**9)
     share = int(_SHARE_OF_EIGENPAIRS * allowed)
@@ -362,8 +365,19 @@ def _eigenpairs(
         )
         raise ArgumentError(msg)
     most = min(20 * k + 200, share)
-    pairs = ledger.timed("eigenpairs", lambda: eigsh(operator, k, max_matvecs=most, **options))
+    options["max_matvecs"] = most
+    pairs = ledger.timed("eigenpairs", lambda: _found_pairs(operator, k, **options))
     return pairs, value, gradient_norm
+
+
+def _found_pairs(operator: SymmetricOperator, k: int, **options: Any) -> Eigenpairs:
+    """The eigenpairs, or what there is of them when the run is asked to stop."""
+    try:
+        return eigsh(operator, k, **options)
+    except Stopped as stopped:
+        if not isinstance(stopped.partial, Eigenpairs):
+            raise
+        return stopped.partial
 
 
 def _density(
@@ -388,19 +402,18 @@ def _density(
                 break
         else:
             return None
-    return ledger.timed(
-        "density",
-        lambda: spectral_density(
-            operator,
-            steps=steps,
-            probes=probes,
-            deflate=pairs,
-            # For the trace; with room to spare for what comes with it.
-            keep_basis=kept > 0 and operator.space.affordable() > 2 * probes * (steps + 1),
-            seed=seed,
-            progress=progress,
-        ),
+    compute = functools.partial(
+        spectral_density,
+        operator,
+        steps=steps,
+        probes=probes,
+        deflate=pairs,
+        # For the trace; with room to spare for what comes with it.
+        keep_basis=kept > 0 and operator.space.affordable() > 2 * probes * (steps + 1),
+        seed=seed,
+        progress=progress,
     )
+    return ledger.timed("density", lambda: unless_stopped(compute))
 
 
 def _graph_notes(operator: dict[str, Any]) -> list[str]:
@@ -437,8 +450,12 @@ def _density_notes(measure: SpectralDensity | None, steps: int, probes: int) -> 
 def _value_and_gradient_norm(operator: SymmetricOperator) -> tuple[float | None, float | None]:
     if not isinstance(operator, HessianOperator):
         return None, None
-    value, gradient = operator.value_and_gradient()
-    return value, operator.space.norm(gradient)
+
+    def found() -> tuple[float, float]:
+        value, gradient = operator.value_and_gradient()
+        return value, operator.space.norm(gradient)
+
+    return remember("value and gradient", found)
 
 
 def _spectral_norm(
@@ -456,14 +473,10 @@ def _spectral_norm(
     if pairs.which in {"LA", "SA"} and not complete:
         allowed = ledger.left(300)
         if measure is None and allowed >= 2:
-            return norm(
-                operator,
-                2,
-                method="lanczos",
-                max_matvecs=allowed,
-                seed=seed,
-                progress=progress,
-            )
+            compute = functools.partial(norm, operator, 2, method="lanczos", max_matvecs=allowed)
+            found = unless_stopped(lambda: compute(seed=seed, progress=progress))
+            if found is not None:
+                return found
         if measure is not None:
             return _norm_from_density(pairs, measure)
     place = int(np.argmax(np.abs(pairs.values)))

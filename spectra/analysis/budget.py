@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 
 from spectra.errors import ArgumentError
+from spectra.journal import clock, remember
 from spectra.operators.base import SymmetricOperator
 
 __all__ = ["Budget", "Ledger", "parse_budget"]
@@ -59,7 +59,7 @@ class Ledger:
         self._operator = operator
         self._most_matvecs, self._most_seconds = parse_budget(budget)
         self._seconds_per_product = 0.0
-        self._begun, self._start = operator.matvecs, time.perf_counter()
+        self._begun, self._start = operator.matvecs, clock()
         self.matvecs: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         if self._most_seconds is not None:
@@ -67,16 +67,16 @@ class Ledger:
             probe[0] = 1.0
             # The first product pays for what later ones find ready.
             for _ in range(_TIMED):
-                begun = time.perf_counter()
+                begun = clock()
                 self.timed("timing", lambda: operator.apply(probe))
-                self._seconds_per_product = time.perf_counter() - begun
+                self._seconds_per_product = clock() - begun
 
     def timed(self, name: str, part: Callable[[], T]) -> T:
         """The result of `part`, its cost noted under `name`."""
-        matvecs, start = self._operator.matvecs, time.perf_counter()
+        matvecs, start = self._operator.matvecs, clock()
         result = part()
         self.matvecs[name] = self.matvecs.get(name, 0) + self._operator.matvecs - matvecs
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + clock() - start
         return result
 
     @property
@@ -90,12 +90,18 @@ class Ledger:
             return max(0, min(otherwise, self._most_matvecs - self._spent))
         if self._most_seconds is None:
             return otherwise
-        seconds = self._most_seconds - (time.perf_counter() - self._start)
+        # A run that is resumed decides as it did, though its clock is not the same to the digit.
+        allowed = remember("products that the time holds", self._allowed_by_time)
+        return max(0, min(otherwise, allowed))
+
+    def _allowed_by_time(self) -> int:
+        assert self._most_seconds is not None
+        seconds = self._most_seconds - (clock() - self._start)
         parts = [name for name, count in self.matvecs.items() if count and name != "timing"]
         if parts:
             spent = sum(self.seconds[name] for name in parts)
             self._seconds_per_product = spent / sum(self.matvecs[name] for name in parts)
-        return int(max(0, min(otherwise, seconds / max(self._seconds_per_product, 1e-9))))
+        return int(seconds / max(self._seconds_per_product, 1e-9))
 
     def seconds_for(self, count: int) -> str:
         """How long so many products take, in words, where the budget is a time."""
