@@ -37,14 +37,16 @@ from spectra.results import versions
 
 __all__ = ["main"]
 
-_CONVERGED, _NOT_CONVERGED, _USAGE, _FAILED, _INTERRUPTED = 0, 1, 2, 3, 130
+_CONVERGED, _NOT_CONVERGED, _USAGE, _FAILED, _INTERRUPTED, _TERMINATED = 0, 1, 2, 3, 130, 143
+# In the directory of a run until it is finished.
+_CHECKPOINT = "checkpoint"
 _EPILOG = """\
 exit status:
   0    done, and everything reached its tolerance
   1    done, but something did not reach its tolerance; the results are written and marked
   2    wrong usage: options, TARGET or files cannot be used as given; nothing was computed
   3    the analysis failed
-  130  interrupted
+  130  interrupted (Ctrl-C), 143 by SIGTERM: what was computed is in DIR, and --resume goes on
 
 SPECTRA_DEBUG=1 in the environment adds the traceback to an error.
 """
@@ -67,7 +69,8 @@ returns a spectra.HessianOperator, or (model, loss, data) as HessianOperator tak
                    of images, columns pixel_values and label
 
 The directory --out receives run.json (every number with its error), the result itself
-(analysis.json, analysis.safetensors: spectra.load reads it), figures, and report.html.
+(analysis.json, analysis.safetensors: spectra.load reads it), figures, and report.html. Until it is
+finished it also holds a checkpoint; a run that was ended, by whatever, goes on with --resume.
 """
 _FIGURES = frozenset({"eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"})
 # Options of `analyze` that go with --hf, by its tasks.
@@ -156,7 +159,7 @@ def _demo(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
     _check_kind(arguments)
-    storage.check_directory(arguments.out, overwrite=arguments.overwrite)
+    checkpoint = _checkpoint(arguments)
     say = _silent if arguments.json else _say
     operator, title, source = _asked_about(arguments, say)
     n = operator.space.n
@@ -185,10 +188,31 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
         out=arguments.out,
         title=title,
         source=source,
-        overwrite=arguments.overwrite,
+        overwrite=arguments.overwrite or arguments.resume,
         say=say,
         as_json=arguments.json,
+        checkpoint=checkpoint,
     )
+
+
+def _checkpoint(arguments: argparse.Namespace) -> Path:
+    """Where the run is recorded, once it is clear that it may be."""
+    out: Path = arguments.out
+    checkpoint, unfinished = out / _CHECKPOINT, (out / _CHECKPOINT).exists()
+    if arguments.resume and arguments.overwrite:
+        msg = "--resume goes on with the run in DIR, --overwrite replaces it; give one of them"
+        raise ArgumentError(msg)
+    if unfinished and not (arguments.resume or arguments.overwrite):
+        msg = (
+            f"{str(out)!r} holds an unfinished run; go on with it by --resume, begin anew by "
+            "--overwrite, or name another directory"
+        )
+        raise ArgumentError(msg)
+    # Of a run that was stopped, a partial result may be there.
+    storage.check_directory(out, overwrite=arguments.overwrite or unfinished)
+    if arguments.overwrite:
+        checkpoint.unlink(missing_ok=True)
+    return checkpoint
 
 
 def _check(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -230,13 +254,16 @@ def _run(
     overwrite: bool,
     say: Callable[[str], None],
     as_json: bool = False,
+    checkpoint: Path | None = None,
 ) -> int:
     """Analyse, write the run directory, and say what came out."""
     space = operator.space
     dtype = str(space.dtype).removeprefix("torch.")
     say(f"Analysing the Hessian of {title}: n = {space.n:,}, {dtype}, {space.device}\n")
-    with _stdout_to_stderr(as_json):
-        analysis = analyze(operator, **options)
+    if checkpoint is not None and checkpoint.exists():
+        say(f"Going on from what {checkpoint} holds\n")
+    with _stdout_to_stderr(as_json), _telling_how_to_resume(checkpoint):
+        analysis = analyze(operator, checkpoint=checkpoint, **options)
     # Before anything is drawn: a figure that fails costs no result.
     summary = storage.write_run(analysis, out, title=title, source=source, overwrite=overwrite)
     say(f"{analysis}\n")
@@ -245,13 +272,33 @@ def _run(
     if as_json:
         _say(json.dumps(summary, indent=1, allow_nan=False))
     _draw(analysis, out, title)
+    if checkpoint is not None and not analysis.partial:
+        checkpoint.unlink(missing_ok=True)
     say(f"Wrote {out / 'run.json'}, the result, figures, and {out / 'report.html'}")
+    if analysis.partial:
+        print(f"spectra: {_how_to_resume(checkpoint)}", file=sys.stderr)
+        return _TERMINATED if analysis.provenance["stopped_by"] == "SIGTERM" else _INTERRUPTED
     if not analysis.converged:
         say(
             "Something did not reach its tolerance, see above: ask for less (--tol, --rtol, "
             "--top), allow more (--budget), or hold a larger basis (--ncv)"
         )
     return _CONVERGED if analysis.converged else _NOT_CONVERGED
+
+
+@contextlib.contextmanager
+def _telling_how_to_resume(checkpoint: Path | None) -> Iterator[None]:
+    """Whatever ends the analysis, what it had computed is not lost: say so."""
+    try:
+        yield
+    except BaseException:
+        if checkpoint is not None and checkpoint.exists():
+            print(f"spectra: {_how_to_resume(checkpoint)}", file=sys.stderr)
+        raise
+
+
+def _how_to_resume(checkpoint: Path | None) -> str:
+    return f"what was computed is in {checkpoint}; the same command with --resume goes on from it"
 
 
 def _draw(analysis: Analysis, directory: Path, title: str) -> list[Path]:
@@ -561,6 +608,11 @@ def _add_analyze_options(parser: argparse.ArgumentParser) -> None:
     add("target", nargs="?", metavar="TARGET", help="file.py:function or package.module:function")
     add("--out", type=Path, required=True, metavar="DIR", help="directory for the results")
     add("--overwrite", action="store_true", help="replace a run that is in DIR already")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the unfinished run in DIR, if there is one: the same command once more",
+    )
     add("--json", action="store_true", help="print run.json, and nothing else, on stdout")
     _add_questions(parser.add_argument_group("what is computed"))
     _add_means(parser.add_argument_group("how"))

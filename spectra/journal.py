@@ -34,6 +34,7 @@ from spectra.results import decode, encode, versions
 
 __all__ = [
     "Journal",
+    "Snapshots",
     "Stopped",
     "clock",
     "condensed",
@@ -48,6 +49,8 @@ T = TypeVar("T")
 
 _current: contextvars.ContextVar[Journal | None] = contextvars.ContextVar("journal", default=None)
 
+# Rounds of a loop between two snapshots: so many products are the most on record.
+_ROUNDS = 16
 # What a product computed again may differ by, as a power of eps: other processors and numbers of
 # threads round differently, and a network's second derivatives enlarge that.
 _ROUNDING = 0.6
@@ -395,6 +398,41 @@ def seal() -> None:
     journal = _current.get()
     if journal is not None:
         journal.seal()
+
+
+class Snapshots:
+    """The state of a loop that holds few vectors however long it is.
+
+    Put on record now and then, it takes the place of the loop's products in the journal.
+
+    Parameters
+    ----------
+    name
+        Of the loop.
+    state
+        What the loop goes on from: anything that a result may hold.
+    restore
+        Put a recorded state in the place of the present one. Called at once if there is one.
+    """
+
+    def __init__(self, name: str, state: Callable[[], Any], restore: Callable[[Any], None]) -> None:
+        self._journal = _current.get()
+        self._name, self._state = name, state
+        self._rounds = 0
+        if self._journal is None:
+            return
+        self._begin, self._matvecs = self._journal.position, self._journal.owner.matvecs
+        if (known := self._journal.recall(name)) is not None:
+            restore(known)
+
+    def round(self) -> None:
+        """The loop is through once more."""
+        journal = self._journal
+        self._rounds += 1
+        if journal is None or journal.replaying or self._rounds % _ROUNDS:
+            return
+        spent = journal.owner.matvecs - self._matvecs
+        journal.condense(self._begin, self._name, self._state(), matvecs=spent)
 
 
 def ended() -> bool:

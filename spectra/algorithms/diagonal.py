@@ -6,6 +6,7 @@ error of eps beside a sampling error of 1/√probes is nothing; sums over entrie
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from spectra.algorithms.noise import Noise, noise_notes
 from spectra.algorithms.progress import progress_bar
 from spectra.algorithms.resuming import resumable
 from spectra.errors import ArgumentError, ArgumentTypeError
-from spectra.journal import Stopped
+from spectra.journal import Snapshots, Stopped
 from spectra.objective.parameters import ParameterSpace
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
@@ -396,6 +397,8 @@ class _Samples:
     length varies.
     """
 
+    _FIELDS = ("_contrast", "_lengths", "_overlaps", "count", "mean", "squares", "sums")
+
     def __init__(self, space: VectorSpace, places: Sequence[slice]) -> None:
         self._space = space
         self._places = places
@@ -422,6 +425,15 @@ class _Samples:
         if self._contrast is not None:
             self._overlaps.append(space.inner(contrast, self._contrast) ** 2)
         self._contrast = contrast
+
+    def state(self) -> dict[str, Any]:
+        """All that is known of the samples."""
+        return {name: getattr(self, name) for name in self._FIELDS}
+
+    def restore(self, known: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        for name, value in known.items():
+            setattr(self, name, self._space.local(value) if isinstance(value, Tensor) else value)
 
     def error(self) -> float:
         """Root mean square of the error ‖mean − truth‖."""
@@ -682,6 +694,7 @@ class _Run:
         trial = self._taking_out(known, f"{len(known[0].rows)} eigenpairs" if known else "")
         first: list[tuple[Tensor, Tensor]] = []
         build = build and self._adaptive
+        snapshots: Snapshots | None = None
         while self.left > 0:
             if self._adaptive and trial.samples.count >= _MIN_PROBES:
                 if trial.met():
@@ -692,6 +705,11 @@ class _Run:
                     continue
                 if trial.probes_to_come() > self.space.n <= self.left:
                     return self.exactly()
+            if snapshots is None and not build and self.noise.settled:
+                state = functools.partial(self._state, trial.samples)
+                restore = functools.partial(self._restore, trial.samples)
+                snapshots = Snapshots("diagonal probes", state, restore)
+                continue
             signs = _signs(self.space, self.generator)
             vector = signs.to(self.space.dtype)
             try:
@@ -703,7 +721,26 @@ class _Run:
             if build:
                 first.append((signs, product.clone()))
             trial.add_probe(vector, product)
+            if snapshots is not None:
+                snapshots.round()
         return trial
+
+    def _state(self, samples: _Samples) -> dict[str, Any]:
+        """What goes on from here: the samples, the random numbers and what has been spent."""
+        return {
+            "samples": samples.state(),
+            "generator": self.generator.get_state(),
+            "spent": self.spent,
+            "noise": self.noise.state,
+            "squares": self._squares,
+        }
+
+    def _restore(self, samples: _Samples, known: dict[str, Any]) -> None:
+        samples.restore(known["samples"])
+        self.generator.set_state(known["generator"])
+        self._count(known["spent"] - self.spent)
+        self.noise.state = known["noise"]
+        self._squares = known["squares"]
 
     def _with_basis(
         self, trial: _Trial, known: list[_Known], first: list[tuple[Tensor, Tensor]]

@@ -70,7 +70,8 @@ def _answered(journal: Journal, question: Callable[[], R]) -> R:
         msg = f"{stopped} before there was anything to return; what was computed is kept: {how}"
         raise KeyboardInterrupt(msg)
     note = f"partial: stopped by {stopped} before the end; what was computed is kept: {how}"
-    return dataclasses.replace(_with_notes(result, [note]), partial=True)
+    provenance = {**result.provenance, "stopped_by": stopped}
+    return dataclasses.replace(_with_notes(result, [note]), partial=True, provenance=provenance)
 
 
 def _with_notes(result: R, notes: list[str]) -> R:

@@ -30,7 +30,7 @@ from spectra.algorithms.noise import Noise, noise_notes
 from spectra.algorithms.progress import progress_bar
 from spectra.algorithms.resuming import resumable
 from spectra.errors import ArgumentError, ArgumentTypeError
-from spectra.journal import Stopped
+from spectra.journal import Snapshots, Stopped
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.results import Result, versions
 
@@ -111,10 +111,11 @@ class Solution(Result):
         matrix = "H"
         if self.damping:
             matrix = f"(H {'-' if self.damping < 0 else '+'} {abs(self.damping):g} I)"
+        measured = "not measured" if self.partial else "measured"
         verdict = "converged to" if self.converged else "not converged to"
         lines = [
             f"x of {matrix} x = b, n = {len(self.x):,}: ‖{matrix} x − b‖ = {self.residual:.3g}, "
-            f"{self.relative_residual:.2g} of ‖b‖ (measured), {verdict} rtol = {self.rtol:g} "
+            f"{self.relative_residual:.2g} of ‖b‖ ({measured}), {verdict} rtol = {self.rtol:g} "
             f"({self.method}; {self.matvecs} matvecs)"
         ]
         if self.negative_curvature is not None:
@@ -345,6 +346,9 @@ class _Minres:
         Share of ‖A‖ below which ‖A r‖ / ‖r‖ may be taken for zero once the residual stops falling.
     """
 
+    # What a step reads and leaves as it is.
+    _OUTSIDE = ("_shifted", "_space", "_preconditioner")
+
     def __init__(
         self,
         shifted: _Shifted,
@@ -400,6 +404,32 @@ class _Minres:
         self._falls.append(self._phi)
         flat = len(self._falls) > _FLAT_STEPS and self._phi > (1 - _FLAT) * self._falls[0]
         self.singular = flat and self.least is not None and self._phi > 0.99 * self._least_phi
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step goes on from."""
+        own = {name: value for name, value in vars(self).items() if name not in self._OUTSIDE}
+        shifted = self._shifted
+        return {
+            "own": {**own, "_falls": list(self._falls)},
+            "shifted": (shifted.spent, shifted.norm, shifted.noise.state),
+        }
+
+    def restore(self, known: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        falls, held = known["own"].pop("_falls"), known["own"].pop("_held")
+        self._falls.extend(falls)
+        self._held.copy_(held)
+        for name, value in known["own"].items():
+            setattr(self, name, self._on_device(value))
+        shifted = self._shifted
+        spent, shifted.norm, shifted.noise.state = known["shifted"]
+        shifted.bar.update(spent - shifted.spent)
+        shifted.spent = spent
+
+    def _on_device(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self._on_device, value))
+        return self._space.local(value) if isinstance(value, Tensor) else value
 
     def _shortlist(self) -> None:
         """Keep the iterate before this step if its residual is the nearest to a null vector."""
@@ -548,9 +578,14 @@ class _Refinement:
             self._shifted, self._residual, self._preconditioner, ncv, small=0.1 * self._null
         )
         enough = _MARGIN * self._rtol * self._norm_of_b
+        snapshots: Snapshots | None = None
         try:
             while minres.norm > enough and not minres.singular and self._left() > 1:
                 minres.step()
+                if snapshots is not None:
+                    snapshots.round()
+                elif self._shifted.noise.settled:
+                    snapshots = Snapshots("MINRES", minres.state, minres.restore)
         except Stopped:
             self._take_unmeasured(minres)
             raise

@@ -14,7 +14,7 @@ from spectra.algorithms.estimate import Estimate
 from spectra.algorithms.lanczos import Krylov, upper_bound
 from spectra.algorithms.noise import Noise, noise_notes
 from spectra.algorithms.progress import progress_bar
-from spectra.journal import Stopped
+from spectra.journal import Snapshots, Stopped
 from spectra.operators.base import SymmetricOperator
 
 __all__ = ["lanczos", "power_iteration"]
@@ -35,38 +35,11 @@ def power_iteration(
 ) -> Estimate:
     """ρ = ‖Hx‖ for the iterate x, until ‖H²x − ρ²x‖ <= tol ρ²; see `norm`."""
     space = operator.space
-    x = probes.sphere(space, probes.seeded(seed))
-    rho, log_growth, steps = 0.0, 0.0, 0
-    residual, noise = math.inf, Noise(space.n)
-    y = space.zeros()
-    previous: tuple[Tensor, Tensor, float] | None = None
+    iteration = _Iteration(operator, probes.sphere(space, probes.seeded(seed)))
     with progress_bar("power iteration", max_matvecs, progress) as bar:
-        while steps < max_matvecs:
-            if previous is not None:
-                x = y / rho
-            try:
-                y = operator.apply(x)
-            except Stopped:
-                if previous is None:
-                    raise
-                x, y, rho = previous
-                break
-            noise.watch(space, x, y, successive=True)
-            rho = space.norm(y)
-            steps += 1
-            bar.update()
-            if rho == 0.0:
-                # A random x lies in the null space with probability 0: the operator is zero.
-                residual = 0.0
-                break
-            log_growth += math.log(rho)
-            if previous is not None:
-                # x = Hp/ρp with p the previous iterate, so Hy-type products give H²p for nothing.
-                p, _, rho_p = previous
-                residual = space.norm(y.mul(rho_p).sub_(p, alpha=rho_p**2)) / rho_p**2
-                if residual <= tol:
-                    break
-            previous = (x, y, rho)
+        iteration.run(tol, max_matvecs, bar)
+    x, y, rho = iteration.x, iteration.y, iteration.rho
+    steps, residual, noise = iteration.steps, iteration.residual, iteration.noise
     rounding = 4 * space.eps * rho
     signs, note = _signs(operator, x, y, rho, residual)
     upper = rho + rounding
@@ -74,7 +47,7 @@ def power_iteration(
         smallest = math.sqrt(
             special.betaincinv(0.5, (space.n - 1) / 2, 1 - _CONFIDENCE) if space.n > 1 else 1.0
         )
-        upper = max(upper, math.exp((log_growth - math.log(smallest)) / steps))
+        upper = max(upper, math.exp((iteration.log_growth - math.log(smallest)) / steps))
     notes = [note] if note else []
     # What the noise may have added to the norm of a product, or to that of all.
     moved = 0.0 if math.isnan(noise.relative) else noise.relative * rho
@@ -98,6 +71,66 @@ def power_iteration(
         floor=noise.relative * rho,
         provenance=provenance,
     )
+
+
+class _Iteration:
+    """Power iteration from a unit vector x: y = Hx and ρ = ‖y‖ of the last one."""
+
+    _FIELDS = ("x", "y", "rho", "log_growth", "steps", "residual")
+
+    def __init__(self, operator: SymmetricOperator, x: Tensor) -> None:
+        self._operator = operator
+        self.x, self.y = x, operator.space.zeros()
+        self.rho = self.log_growth = 0.0
+        self.steps = 0
+        self.residual = math.inf
+        self.noise = Noise(operator.space.n)
+
+    def run(self, tol: float, max_matvecs: int, bar: Any) -> None:
+        """Iterate until the residual of H² is small enough."""
+        snapshots: Snapshots | None = None
+        while self.steps < max_matvecs:
+            before = self.steps
+            try:
+                self._step()
+            except Stopped:
+                if self.steps == 0:
+                    raise
+                return
+            # A random x lies in the null space with probability 0: then the operator is zero.
+            if self.rho == 0.0 or self.residual <= tol:
+                return
+            if snapshots is not None:
+                snapshots.round()
+            elif self.noise.settled:
+                snapshots = Snapshots("power iteration", self._state, self._restore)
+            bar.update(self.steps - before)
+
+    def _step(self) -> None:
+        space = self._operator.space
+        p, rho_p = self.x, self.rho
+        x = p if self.steps == 0 else self.y / rho_p
+        y = self._operator.apply(x)
+        self.noise.watch(space, x, y, successive=True)
+        rho = space.norm(y)
+        if rho == 0.0:
+            self.residual = 0.0
+        else:
+            self.log_growth += math.log(rho)
+            if self.steps > 0:
+                # x = Hp/ρp with p the iterate before, so Hy-type products give H²p for nothing.
+                self.residual = space.norm(y.mul(rho_p).sub_(p, alpha=rho_p**2)) / rho_p**2
+        self.x, self.y, self.rho = x, y, rho
+        self.steps += 1
+
+    def _state(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._FIELDS} | {"noise": self.noise.state}
+
+    def _restore(self, known: dict[str, Any]) -> None:
+        self.noise.state = known.pop("noise")
+        for name, value in known.items():
+            setattr(self, name, value)
+        self.x, self.y = map(self._operator.space.local, (self.x, self.y))
 
 
 def lanczos(
