@@ -54,6 +54,7 @@ _ROUNDS = 16
 # What a product computed again may differ by, as a power of eps: other processors and numbers of
 # threads round differently, and a network's second derivatives enlarge that.
 _ROUNDING = 0.6
+_WITNESS = "witness"
 
 
 class Stopped(BaseException):
@@ -107,7 +108,9 @@ class Journal:
             "seconds": 0.0,
         }
         self._file = RecordFile(path) if self.resumed else RecordFile.create(path, header)
-        self._next = 1
+        self._next = 0
+        self._advance()
+        self._compared = not self.resumed
         self._muted = 0
         self._sealed = False
         try:
@@ -157,7 +160,11 @@ class Journal:
             if self.signal:
                 self.seal()
                 raise Stopped
+            self._compare_witness(compute)
             products = compute(rows)
+            if self._witness is None:
+                pair = [vectors[0].detach().cpu().contiguous() for vectors in (rows, products)]
+                self._append({"kind": _WITNESS}, pair)
             if not self._muted:
                 host = products.detach().cpu().contiguous()
                 self._append({"kind": "product", "input": _check_numbers(rows)}, [host])
@@ -168,10 +175,7 @@ class Journal:
         (known,) = list(self._file.read(record))
         if known.shape != rows.shape or known.dtype != rows.dtype:
             raise self._other_course(f"vectors of {tuple(rows.shape)}, {rows.dtype}")
-        known = known.to(rows.device)
-        if not self.replaying:
-            self._compare_last(rows, known, compute)
-        return known
+        return known.to(rows.device)
 
     def remember(self, name: str, make: Callable[[], T]) -> T:
         """The value of `make`, whose products are not recorded one by one.
@@ -220,7 +224,8 @@ class Journal:
             arrays = [row.detach().cpu() for row in rows]
         kept = [
             (record, rows is None or record.meta["kind"] != name)
-            for record in self._records[:begin]
+            for i, record in enumerate(self._records)
+            if i < begin or record is self._witness
         ]
         with self._guarded():
             self._file.rewrite(kept, meta, arrays)
@@ -234,7 +239,7 @@ class Journal:
     @property
     def empty(self) -> bool:
         """Nothing was computed yet."""
-        return len(self._records) == 1
+        return self._witness is None
 
     def close(self) -> None:
         """Let go of the file."""
@@ -293,8 +298,20 @@ class Journal:
         record = self._records[self._next]
         if record.meta["kind"] != kind:
             raise self._other_course(f"{kind!r}, where the file has {record.meta['kind']!r}")
-        self._next += 1
+        self._advance()
         return record
+
+    def _advance(self) -> None:
+        """Go to the next record that is a part of the course."""
+        self._next += 1
+        while self._next < len(self._records) and self._records[self._next] is self._witness:
+            self._next += 1
+
+    @property
+    def _witness(self) -> Record | None:
+        """The first product, whatever became of the others."""
+        found = (record for record in self._records if record.meta["kind"] == _WITNESS)
+        return next(found, None)
 
     def _packed(self, name: str, value: Any, matvecs: int) -> tuple[dict[str, Any], list[Tensor]]:
         arrays: dict[str, Tensor] = {}
@@ -326,31 +343,33 @@ class Journal:
     def _seconds_at(self, index: int) -> float:
         return float(self._records[index].meta["seconds"])
 
-    def _compare_last(
-        self, rows: Tensor, known: Tensor, compute: Callable[[Tensor], Tensor]
-    ) -> None:
-        """Whether the operator still gives the product that was recorded last: one product.
+    def _compare_witness(self, compute: Callable[[Tensor], Tensor]) -> None:
+        """Whether the operator still gives the first product that was recorded: one product.
 
-        What identifies an operator cannot hold everything, such as a number inside of a loss.
+        What identifies an operator cannot hold everything, such as a variable that a loss reads.
         """
-        first, recorded = rows[:1], known[0].double()
-        with self._muting():
-            again = compute(first)[0].double()
-        self.owner.matvecs -= 1
+        if self._compared or self._witness is None:
+            return
+        self._compared = True
+        row, recorded = self._file.read(self._witness)
+        rows, recorded = row.to(self.owner.space.device)[None], recorded.double()
+
+        def product() -> Tensor:
+            self.owner.matvecs -= 1
+            return compute(rows)[0].cpu().double()
+
+        again = product()
         size = float(torch.linalg.vector_norm(recorded)) or 1.0
         defect = float(torch.linalg.vector_norm(again - recorded)) / size
         if defect == 0.0:
             return
         limit = torch.finfo(rows.dtype).eps ** _ROUNDING
         if not defect <= limit:
-            with self._muting():
-                twice = compute(first)[0].double()
-            self.owner.matvecs -= 1
             # Products that are random differ from themselves as well.
-            limit = 10 * float(torch.linalg.vector_norm(again - twice)) / size
+            limit = 10 * float(torch.linalg.vector_norm(again - product())) / size
         if not defect <= limit:
             msg = (
-                f"the last product in the checkpoint {str(self.path)!r} differs from the same one "
+                f"the first product in the checkpoint {str(self.path)!r} differs from the same one "
                 f"computed now by {defect:.2g}, relative: weights, data or loss have changed. Put "
                 "them back, or delete the file, or name another path, to begin anew"
             )

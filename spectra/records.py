@@ -108,15 +108,20 @@ class RecordFile:
         """
         parts, check = _record(meta, arrays, self._check)
         try:
+            # What was torn off before may be longer than what is written now.
+            self._file.truncate(self._end)
             self._file.seek(self._end)
             for part in parts:
                 self._file.write(part)
             self._file.flush()
             os.fsync(self._file.fileno())
         except BaseException:
-            # KeyboardInterrupt, too: the next record must not follow half of this one.
+            # KeyboardInterrupt, too: the next record must not follow half of this one. What could
+            # not be written is in a buffer still, and goes with the file object.
             with contextlib.suppress(OSError):
-                self._file.truncate(self._end)
+                self._file.close()
+            self._file = self._opened()
+            self._file.truncate(self._end)
             raise
         size = sum(array.nbytes for array in arrays)
         self._end = self._file.tell()

@@ -26,7 +26,7 @@ from spectra.algorithms.noise import Noise, noise_notes
 from spectra.algorithms.progress import progress_bar
 from spectra.algorithms.resuming import resumable
 from spectra.errors import ArgumentError, ArgumentTypeError
-from spectra.journal import Snapshots, Stopped
+from spectra.journal import Snapshots, Stopped, unless_stopped
 from spectra.objective.parameters import ParameterSpace
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
@@ -686,7 +686,7 @@ class _Run:
             if finished or (self._adaptive and trial.met()):
                 return trial
             if self._adaptive and self.space.n / 2 <= self.spent <= self.left - self.space.n:
-                return self.exactly()
+                return unless_stopped(self.exactly) or trial
             check = sketch.count * 5 // 4
 
     def by_probes(self, known: list[_Known], *, build: bool) -> _Trial:
@@ -704,7 +704,7 @@ class _Run:
                     first.clear()
                     continue
                 if trial.probes_to_come() > self.space.n <= self.left:
-                    return self.exactly()
+                    return unless_stopped(self.exactly) or trial
             if snapshots is None and not build and self.noise.settled:
                 state = functools.partial(self._state, trial.samples)
                 restore = functools.partial(self._restore, trial.samples)

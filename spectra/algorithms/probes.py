@@ -239,19 +239,19 @@ class Run:
         self, samples: Samples, known: KnownPart, orthogonal_to: Tensor | None = None
     ) -> Moments:
         """Probe until the tolerance is met, or n unit vectors are cheaper, or nothing is left."""
-        while self.left > 0:
-            if len(samples) >= self.least:
-                come = self.stop.probes_to_come(samples.moments(self.spent, self.noise.relative))
-                if come == 0:
-                    break
-                if come > self.space.n <= self.left:
-                    return self.exactly()
-            try:
+        try:
+            while self.left > 0:
+                if len(samples) >= self.least:
+                    known_now = samples.moments(self.spent, self.noise.relative)
+                    come = self.stop.probes_to_come(known_now)
+                    if come == 0:
+                        break
+                    if come > self.space.n <= self.left:
+                        return self.exactly()
                 self._add_sample(samples, known, orthogonal_to)
-            except Stopped:
-                if len(samples) < 2:
-                    raise
-                break
+        except Stopped:
+            if len(samples) < 2:
+                raise
         return samples.moments(self.spent, self.noise.relative)
 
     def _add_sample(

@@ -22,7 +22,7 @@ from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.moments import KnownPart, Moments, Nothing, Samples
 from spectra.algorithms.probes import MIN_PROBES, Run, gaussian, remove
 from spectra.errors import ArgumentError
-from spectra.journal import Stopped
+from spectra.journal import Stopped, unless_stopped
 from spectra.objective.places import Place
 from spectra.objective.vectors import VectorSpace
 
@@ -300,7 +300,8 @@ def by_xtrace(run: Run) -> tuple[Moments, str]:
         if finished or run.stop.met(moments):
             return moments, "XTrace"
         if n / 2 <= run.spent <= run.stop.max_matvecs - n:
-            return run.exactly(), "n unit vectors"
+            exact = unless_stopped(run.exactly)
+            return (moments, "XTrace") if exact is None else (exact, "n unit vectors")
         check = sketch.size + max(2, sketch.size // 8)
 
 

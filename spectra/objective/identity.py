@@ -2,7 +2,7 @@
 
 Digests of all numbers that products depend on, and of the code that combines them, as far as both
 can be seen. What cannot, such as a module-level variable that a loss reads, is the reason why a
-run that is resumed also computes its last product once more.
+run that is resumed also computes its first product once more.
 """
 
 from __future__ import annotations
