@@ -172,6 +172,7 @@ def summarize(
         "source": dict(source or {}),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "converged": analysis.converged,
+        "partial": analysis.partial,
         "operator": provenance.get("operator"),
         "loss": analysis.value,
         "gradient_norm": analysis.gradient_norm,
