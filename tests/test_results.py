@@ -347,20 +347,27 @@ def is_whole(found):
     return found.other is None if found.value % 3 == 0 else set(found.other) == {found.value}
 
 
+def read_for_a_while(path, seen):
+    """Until two results were seen, and half a second."""
+    latest = time.monotonic() + 60
+    while not path.with_suffix(".json").exists():
+        assert time.monotonic() < latest
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end or (len(seen) < 2 and time.monotonic() < latest):
+        found = load(path)
+        assert is_whole(found)
+        seen.add(found.value)
+    assert len(seen) > 1
+
+
 def test_whoever_reads_while_a_result_is_replaced_finds_one_whole_and_so_after_a_kill(tmp_path):
     path = tmp_path / "r"
     command = [sys.executable, "-c", WRITER, str(path)]
     seen = set()
     for _ in range(3):
         with subprocess.Popen(command) as writer:
-            time_to_begin = time.monotonic() + 60
-            while not path.with_suffix(".json").exists():
-                assert time.monotonic() < time_to_begin
-            # Readers begin with whatever the writer before was killed at.
-            end = time.monotonic() + 0.5
-            while time.monotonic() < end or len(seen) < 2:
-                found = load(path)
-                seen.add(found.value)
-                assert is_whole(found)
-            writer.kill()
+            try:
+                read_for_a_while(path, seen)
+            finally:
+                writer.kill()
         assert is_whole(load(path))
