@@ -21,8 +21,9 @@ from spectra.files import open_file
 
 __all__ = ["check_seal", "is_checksum", "parse", "read_document", "sealed", "to_bytes"]
 
-# Far above what results have. A list of empty lists takes twenty times its text in memory.
+# Far above what results have. An empty list takes twenty times its text in memory.
 _MOST_BYTES = 64 << 20
+_MOST_BRACKETS = 4 << 20
 # The parser of JSON recurses, and threads may have small stacks.
 _MOST_LEVELS = 200
 
@@ -131,7 +132,10 @@ def _check_limits(content: bytes) -> None:
     outside = np.frombuffer(b"".join(unescaped.split(b'"')[::2]), dtype=np.uint8)
     opening = (outside == ord("[")) | (outside == ord("{"))
     brackets = opening | (outside == ord("]")) | (outside == ord("}"))
-    levels = np.cumsum(np.where(opening[brackets], 1, -1), dtype=np.int32)
+    if np.count_nonzero(brackets) > _MOST_BRACKETS:
+        msg = f"it has more than {_MOST_BRACKETS:,} brackets"
+        raise ValueError(msg)
+    levels = np.cumsum(np.where(opening[brackets], 1, -1))
     if levels.max(initial=0) > _MOST_LEVELS:
         msg = f"it is nested more than {_MOST_LEVELS} levels deep"
         raise ValueError(msg)

@@ -84,7 +84,8 @@ class Result:
         Returns the path of the JSON file. An existing result of that name is replaced: whoever
         loads it meanwhile, or after the process was killed, finds the old one or the new one.
         Saving under one name from several processes at once may leave parts of both, which `load`
-        refuses.
+        refuses. The JSON holds its own checksum (see `spectra.documents`) and, as `arrays_sha256`,
+        what `sha256sum` prints for the arrays.
 
         Raises
         ------
