@@ -279,14 +279,6 @@ MUTATIONS: tuple[Mutation, ...] = (
     name_twice,
     edit_header,
 )
-# Those that leave documents of JSON.
-STRUCTURAL: tuple[Mutation, ...] = (
-    change_value,
-    drop_member,
-    wrap_value,
-    rename_member,
-    swap_members,
-)
 
 
 def _place(content: bytearray, generator: random.Random) -> int:
