@@ -30,6 +30,7 @@ from spectra.analysis.analyze import Analysis, analyze
 from spectra.analysis.budget import parse_budget
 from spectra.analysis.preflight import check
 from spectra.errors import ArgumentError, ArgumentTypeError, SpectraError, TargetError
+from spectra.names import printable
 from spectra.objective.memory import memory_ran_out
 from spectra.operators.base import SymmetricOperator
 from spectra.operators.hessian import HessianOperator
@@ -521,6 +522,8 @@ def _blaming(what: str, file: str | None) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
+    # Names of files, models and parameters are anybody's: a terminal must not obey them.
+    text = "\n".join(map(printable, text.split("\n")))
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -541,7 +544,7 @@ def _fail(error: Exception, status: int, advice: str = "") -> int:
     if os.environ.get("SPECTRA_DEBUG"):
         traceback.print_exception(error)
     # Messages of other libraries may have many lines.
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = printable(" ".join(str(error).split())) or type(error).__name__
     print(f"spectra: error: {message}{advice}", file=sys.stderr)
     return status
 

@@ -1,14 +1,40 @@
-"""How does a file come to be whole or not at all? Written beside its place, then renamed."""
+"""How does a file come to be whole or not at all? Written beside its place, then renamed.
+
+And how is one opened whose path may lead anywhere? Only if it is a file.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["replace_file", "sync_directory"]
+__all__ = ["open_file", "replace_file", "sync_directory"]
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file to read; what is none (a pipe, a device) is refused and never waited for.
+
+    Raises
+    ------
+    OSError
+        It is missing, cannot be read, or is no file.
+    """
+    file = open(path, "rb", opener=_open_without_waiting)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        msg = f"{path.name} is no regular file"
+        raise OSError(msg)
+    return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # Windows has no such flag, and no pipes among its files.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def replace_file(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:

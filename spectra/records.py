@@ -309,6 +309,8 @@ def _checked_meta(path: Path, content: bytes, size: int) -> dict[str, Any]:
         )
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"a record is not readable ({type(error).__name__})") from error
+    if not isinstance(meta, dict) or not isinstance(meta.get("kind"), str):
+        raise _damaged(path, "a record does not say of which kind it is")
     if expected != size:
         raise _damaged(path, f"a record says {expected} bytes and has {size}")
     return dict(meta)

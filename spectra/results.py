@@ -7,30 +7,52 @@ to JSON, and `load` gives the same result back. Nothing is ever pickled.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
-import json
 import math
 import platform
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import scipy
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from spectra.arrays import read_arrays
+from spectra.documents import check_seal
 from spectra.errors import ArgumentError, StorageError
+from spectra.saving import (
+    Staged,
+    arrays_path,
+    document_path,
+    find_arrays,
+    find_document,
+    stage,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["FORMAT_VERSION", "Result", "decode", "encode", "load", "versions"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Result",
+    "decode",
+    "encode",
+    "load",
+    "load_staged",
+    "stage_result",
+    "versions",
+]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# What version 1 wrote is read, too: it had no checksums.
+_MEMBERS = {
+    1: {"format", "versions", "result"},
+    2: {"format", "versions", "result", "arrays_sha256", "checksum"},
+}
 
 
 def versions() -> dict[str, str]:
@@ -71,39 +93,24 @@ class Result:
     def save(self, path: str | Path) -> Path:
         """Write `path.json` and, where the result holds arrays, `path.safetensors`.
 
-        Returns the path of the JSON file. An existing result of that name is replaced.
+        Returns the path of the JSON file. An existing result of that name is replaced: whoever
+        loads it meanwhile, or after the process was killed, finds the old one or the new one.
+        Saving under one name from several processes at once may leave parts of both, which `load`
+        refuses. The JSON holds its own checksum (see `spectra.documents`) and, as `arrays_sha256`,
+        what `sha256sum` prints for the arrays.
 
         Raises
         ------
         StorageError
             The files cannot be written, or a field cannot be expressed in JSON.
         """
-        stem = _stem(path)
-        arrays: dict[str, torch.Tensor] = {}
+        staged = stage_result(self, path)
         try:
-            document = {
-                "format": FORMAT_VERSION,
-                "versions": versions(),
-                "result": encode(self, "", arrays),
-            }
-            text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-            content = text.encode() + b"\n"
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            # In this order a reader finds no JSON file without its arrays, or with another's.
-            _with(stem, ".json").unlink(missing_ok=True)
-            _with(stem, ".safetensors").unlink(missing_ok=True)
-            if arrays:
-                save_file(arrays, _with(stem, ".safetensors"))
-            _with(stem, ".json").write_bytes(content)
-            if arrays:
-                # safetensors lets the owner alone read its files.
-                shutil.copymode(_with(stem, ".json"), _with(stem, ".safetensors"))
-        except StorageError:
-            raise
-        except (OSError, ValueError, LookupError, RecursionError, SafetensorError) as error:
-            msg = f"could not write the result to {str(stem)!r}: {type(error).__name__}: {error}"
+            staged.publish()
+        except OSError as error:
+            msg = f"could not write the result to {str(staged.stem)!r}: {error}"
             raise StorageError(msg) from error
-        return _with(stem, ".json")
+        return document_path(staged.stem)
 
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
         """Draw the result on `ax` (a new figure by default) and return the Axes.
@@ -116,47 +123,125 @@ class Result:
         return axes
 
 
-def load(path: str | Path) -> Result:
-    """Read a result that `Result.save` wrote.
-
-    Arrays come back as they were saved, tensors on the CPU.
+def stage_result(result: Result, path: str | Path) -> Staged:
+    """Bring a result to the disk beside the one that it is to replace.
 
     Raises
     ------
     StorageError
-        The files are missing, damaged, from a newer format, or no result of spectra.
+        As `Result.save`; nothing is left behind.
     """
     stem = _stem(path)
-    document_path, arrays_path = _with(stem, ".json"), _with(stem, ".safetensors")
+    arrays: dict[str, Tensor] = {}
     try:
-        document = json.loads(document_path.read_text(encoding="utf-8"))
-        arrays = load_file(arrays_path) if arrays_path.exists() else {}
-    except FileNotFoundError as error:
-        msg = f"no result at {str(document_path)!r}; give the path that was passed to save()"
+        document = {
+            "format": FORMAT_VERSION,
+            "versions": versions(),
+            "result": encode(result, "", arrays),
+        }
+        return stage(stem, document, arrays)
+    except StorageError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError, LookupError) as error:
+        msg = f"could not write the result to {str(stem)!r}: {type(error).__name__}: {error}"
         raise StorageError(msg) from error
-    except (OSError, ValueError, SafetensorError, RecursionError) as error:
-        msg = f"the result at {str(stem)!r} is damaged or not one of spectra's: {error}"
-        raise StorageError(msg) from error
+
+
+def load(path: str | Path) -> Result:
+    """Read a result that `Result.save` wrote.
+
+    Arrays come back as they were saved, tensors on the CPU. Files of any origin can be read: no
+    code is run, and sizes and depth are limited. Whoever means to deceive can write numbers and
+    their checksums, though.
+
+    Raises
+    ------
+    StorageError
+        The files are missing, damaged, do not belong together, are from a newer format, or no
+        result of spectra.
+    """
+    stem = _stem(path)
+    before = None
+    while True:
+        document, arrays = _found(stem)
+        if arrays is not None:
+            return _decoded(stem, document, arrays)
+        # It may have been replaced between the two.
+        if document["checksum"] == before:
+            msg = (
+                f"the result at {str(stem)!r} is damaged: the arrays in {stem.name}.safetensors "
+                f"are missing or not those that {stem.name}.json was written with (their SHA-256 "
+                "differs); restore both files together, or compute it again"
+            )
+            raise StorageError(msg)
+        before = document["checksum"]
+
+
+def load_staged(path: str | Path, checksum: str) -> Result | None:
+    """As `load`, but only the result whose JSON has this checksum, published or not.
+
+    None where there is another one, or other arrays.
+    """
+    stem = _stem(path)
+    document, arrays = _found(stem, checksum)
+    if arrays is None or document.get("checksum") != checksum:
+        return None
+    return _decoded(stem, document, arrays)
+
+
+def _found(
+    stem: Path, checksum: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """The JSON of a result, not damaged and of a known format, and its arrays if they are there."""
+    path = str(document_path(stem))
+    with _damage_named(stem, "is damaged or not one of spectra's"):
+        try:
+            document = find_document(stem, checksum)
+        except FileNotFoundError as error:
+            msg = f"no result at {path!r}; give the path that was passed to save()"
+            raise StorageError(msg) from error
     if not isinstance(document, dict) or "result" not in document:
-        msg = f"{str(document_path)!r} is JSON but holds no result of spectra"
+        msg = f"{path!r} is JSON but holds no result of spectra"
         raise StorageError(msg)
     found = document.get("format")
-    if found != FORMAT_VERSION:
+    if type(found) is not int or found not in _MEMBERS:
         msg = (
-            f"{str(document_path)!r} has format {found!r}, this version of spectra reads "
-            f"format {FORMAT_VERSION}; update spectra"
+            f"{path!r} has format {found!r}, this version of spectra reads format "
+            f"{' and '.join(map(str, _MEMBERS))}; update spectra"
         )
         raise StorageError(msg)
-    try:
+    with _damage_named(stem, "is damaged"):
+        # A result of version 2 must not pass for one without checksums.
+        if odd := set(document) - _MEMBERS[found]:
+            msg = f"format {found} has no member {min(odd)[:80]!r}"
+            raise ValueError(msg)
+        if found == 1:
+            published = arrays_path(stem)
+            return document, read_arrays(published)[0] if published.exists() else {}
+        check_seal(document)
+        return document, find_arrays(stem, document)
+
+
+def _decoded(stem: Path, document: dict[str, Any], arrays: dict[str, Tensor]) -> Result:
+    # Of any kind: damaged values also pass through the checks of every result class.
+    with _damage_named(stem, "is damaged"):
         result = decode(document["result"], arrays)
-    except Exception as error:
-        # Of any kind: damaged values also pass through the checks of every result class.
-        msg = f"the result at {str(stem)!r} is damaged: {type(error).__name__}: {error}"
-        raise StorageError(msg) from error
     if not isinstance(result, Result):
-        msg = f"{str(document_path)!r} is JSON but holds no result of spectra"
+        msg = f"{str(document_path(stem))!r} is JSON but holds no result of spectra"
         raise StorageError(msg)
     return result
+
+
+@contextlib.contextmanager
+def _damage_named(stem: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong with what a file says is said as a StorageError."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        msg = f"the result at {str(stem)!r} {what}: {type(error).__name__}: {error}"
+        raise StorageError(msg) from error
 
 
 def _stem(path: str | Path) -> Path:
@@ -167,12 +252,7 @@ def _stem(path: str | Path) -> Path:
     return path.with_suffix("") if path.suffix in {".json", ".safetensors"} else path
 
 
-def _with(stem: Path, suffix: str) -> Path:
-    """`stem` with `suffix` behind its whole name (`with_suffix` would cut `top.10` to `top`)."""
-    return stem.with_name(stem.name + suffix)
-
-
-def encode(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
+def encode(value: Any, where: str, arrays: dict[str, Tensor]) -> Any:
     """JSON for `value`; arrays go to `arrays` under the name of their place."""
     if value is None or isinstance(value, bool | str):
         return value
@@ -184,13 +264,11 @@ def encode(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
         number = float(value)
         # JSON has no nan or inf, and the readers of other languages refuse Python's spelling.
         return number if math.isfinite(number) else {"float": repr(number)}
-    if isinstance(value, torch.Tensor):
-        # One copy: safetensors takes no tensors that share memory.
+    if isinstance(value, Tensor):
         kept = value.detach()
-        copy = {"memory_format": torch.contiguous_format}
-        return {"tensor": _put(lambda: kept.cpu().clone(**copy), where, arrays)}
+        return {"tensor": _put(lambda: _plain(kept), where, arrays)}
     if isinstance(value, np.ndarray):
-        name = _put(lambda: torch.from_numpy(np.ascontiguousarray(value).copy()), where, arrays)
+        name = _put(lambda: _from_numpy(value), where, arrays)
         return {"array": name, "shape": list(value.shape)}
     if isinstance(value, Result):
         fields = {
@@ -210,13 +288,15 @@ def encode(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
     raise StorageError(msg)
 
 
-def _put(make: Callable[[], torch.Tensor], where: str, arrays: dict[str, torch.Tensor]) -> str:
+def _put(make: Callable[[], Tensor], where: str, arrays: dict[str, Tensor]) -> str:
     """Add an array under a name that no other has, and return the name."""
     try:
         array = make()
     except (TypeError, ValueError, RuntimeError) as error:
         msg = f"cannot save {where!r}: {error}"
         raise StorageError(msg) from error
+    # Readers of other languages take no halves of surrogate pairs.
+    where = where.encode("utf-8", "backslashreplace").decode()
     # Places may coincide: {"a.b": x} and {"a": {"b": y}}.
     while where in arrays:
         where += "'"
@@ -224,8 +304,19 @@ def _put(make: Callable[[], torch.Tensor], where: str, arrays: dict[str, torch.T
     return where
 
 
-def decode(value: Any, arrays: dict[str, torch.Tensor]) -> Any:
-    """The value that `encode` wrote; of any exception where it did not."""
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor as it lies in a file."""
+    return tensor.cpu().resolve_conj().resolve_neg().contiguous()
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    array = np.ascontiguousarray(array)
+    # torch warns of memory that it must not write to.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def decode(value: Any, arrays: dict[str, Tensor]) -> Any:
+    """The value that `encode` wrote; an exception of any kind where it did not."""
     if isinstance(value, list):
         return [decode(v, arrays) for v in value]
     if not isinstance(value, dict):
@@ -245,5 +336,9 @@ def decode(value: Any, arrays: dict[str, torch.Tensor]) -> Any:
     if "tensor" in value:
         return arrays[value["tensor"]]
     if "array" in value:
-        return arrays[value["array"]].numpy().reshape(value["shape"])
+        array = arrays[value["array"]].numpy().reshape(value["shape"])
+        if list(array.shape) != value["shape"]:
+            msg = f"an array has the shape {array.shape}, expected {value['shape']}"
+            raise ValueError(msg)
+        return array
     return float(value["float"])

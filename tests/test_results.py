@@ -1,6 +1,9 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from spectra import load
+from spectra.documents import sealed
 from spectra.errors import ArgumentError, StorageError
 from spectra.results import FORMAT_VERSION, Result, versions
 
@@ -53,6 +57,11 @@ def same(a, b):
     return a == b
 
 
+def resealed(document):
+    """The document with the checksum of what it says now."""
+    return sealed({name: value for name, value in document.items() if name != "checksum"})
+
+
 def round_trip(path, value):
     return load(Sample(value).save(path / "result")).value
 
@@ -69,6 +78,8 @@ def round_trip(path, value):
         math.inf,
         -math.inf,
         "λ – «größe»\n\0",
+        # Half of a surrogate pair: a name of the user's costs no result.
+        {"\ud800": torch.ones(1), "\\ud800": "\udfff\\ud800"},
         (1, (2.0, "x"), ()),
         [1, [2, (3,)]],
         {"kind": "Sample", "dict": {"tuple": (1,)}, "array": "a", "": None},
@@ -165,7 +176,6 @@ def test_a_result_replaces_an_older_one_with_all_its_files(tmp_path):
         np.array([1j], dtype=np.complex128),
         torch.eye(2).to_sparse(),
         torch.ones(2, device="meta"),
-        "\ud800",
     ],
     # Not repr: an address in a name would differ between test processes.
     ids=lambda value: type(value).__name__,
@@ -256,7 +266,7 @@ def test_arrays_that_a_result_class_refuses_are_damage(tmp_path):
     assert '"shape": [\n' in text
     document = json.loads(text)
     document["result"]["fields"]["values"]["shape"] = [3, 1]
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(resealed(document)))
     with pytest.raises(StorageError, match="IndexError"):
         load(path)
 
@@ -319,3 +329,45 @@ def test_no_change_to_a_file_raises_anything_but_a_storage_error(folder, data):
     except StorageError:
         return
     assert isinstance(result, Result)
+
+
+# --- replaced while it is read --------------------------------------------------------------------
+
+WRITER = """
+import sys
+import numpy as np
+from tests.test_results import Sample
+for i in range(100_000):
+    # Every third one has no arrays: then a file has to go.
+    Sample(i, np.full(4096, i) if i % 3 else None).save(sys.argv[1])
+"""
+
+
+def is_whole(found):
+    return found.other is None if found.value % 3 == 0 else set(found.other) == {found.value}
+
+
+def read_for_a_while(path, seen):
+    """Until two results were seen, and half a second."""
+    latest = time.monotonic() + 60
+    while not path.with_suffix(".json").exists():
+        assert time.monotonic() < latest
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end or (len(seen) < 2 and time.monotonic() < latest):
+        found = load(path)
+        assert is_whole(found)
+        seen.add(found.value)
+    assert len(seen) > 1
+
+
+def test_whoever_reads_while_a_result_is_replaced_finds_one_whole_and_so_after_a_kill(tmp_path):
+    path = tmp_path / "r"
+    command = [sys.executable, "-c", WRITER, str(path)]
+    seen = set()
+    for _ in range(3):
+        with subprocess.Popen(command) as writer:
+            try:
+                read_for_a_while(path, seen)
+            finally:
+                writer.kill()
+        assert is_whole(load(path))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spectra.algorithms.estimate import Estimate
 from spectra.errors import ArgumentError
+from spectra.names import short_name
 from spectra.objective.parameters import ParameterSpace, layer_of
 from spectra.objective.vectors import VectorSpace
 from spectra.results import Result
@@ -252,7 +253,7 @@ class BlockTraces(Result):
             low, high = row.trace.interval()
             table.append(
                 [
-                    row.name,
+                    short_name(row.name),
                     f"{row.size:,}",
                     f"{row.trace.value:.5g}",
                     f"{(high - low) / 2:.2g}",

@@ -27,6 +27,7 @@ from spectra.algorithms.progress import progress_bar
 from spectra.algorithms.resuming import resumable
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.journal import Snapshots, Stopped, unless_stopped
+from spectra.names import short_name
 from spectra.objective.parameters import ParameterSpace
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
@@ -158,7 +159,8 @@ class DiagonalEstimate(Result):
             lines.append(f"traces of {min(len(traces), _SHOWN)} of {len(traces)} modules")
             traces.sort(key=lambda item: -abs(item[1].value))
             lines += [
-                f"  {name or '(itself)'}: {trace.value:.5g} ± {trace.standard_error:.2g}"
+                f"  {short_name(name or '(itself)')}: {trace.value:.5g} "
+                f"± {trace.standard_error:.2g}"
                 for name, trace in traces[:_SHOWN]
             ]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])

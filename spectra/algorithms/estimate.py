@@ -10,6 +10,7 @@ from scipy import special
 
 from spectra.algorithms.noise import LOUD
 from spectra.errors import ArgumentError
+from spectra.names import short_name
 from spectra.results import Result
 
 __all__ = ["Estimate", "check_confidence", "half_width"]
@@ -158,7 +159,7 @@ class Estimate(Result):
         return (math.sqrt(max(mean - half, 0.0)), math.sqrt(mean + half))
 
     def __str__(self) -> str:
-        lines = [f"{self.quantity} = {self.value:.6g}"]
+        lines = [f"{short_name(self.quantity)} = {self.value:.6g}"]
         if self.exact:
             exact = f"exact to ±{self.floor:.2g}" if self.noise > LOUD else "exact"
             lines[0] += f" ({exact}, {self.method}; {self.matvecs} matvecs)"

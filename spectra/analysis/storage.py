@@ -1,15 +1,15 @@
 """Where does a run live? In a directory: a summary for machines, and the result itself.
 
 `run.json` holds every number with its error; `analysis.json` and `analysis.safetensors` hold the
-result as `Result.save` writes it, eigenvectors included. `run.json` is written last, so a directory
-that has one is complete.
+result as `Result.save` writes it, eigenvectors included. `run.json` names the checksum of the
+result, and replacing it is what replaces a run: whenever a process is killed, `read_run` finds the
+old one or the new one whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import math
 import tempfile
 from collections.abc import Mapping
@@ -23,12 +23,14 @@ from spectra.algorithms.density import SpectralDensity
 from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate
 from spectra.analysis.analyze import Analysis
+from spectra.documents import check_seal, is_checksum, read_document, sealed, to_bytes
 from spectra.errors import StorageError
-from spectra.results import load
+from spectra.files import replace_file
+from spectra.results import load, load_staged, stage_result
 
 __all__ = ["check_directory", "read_run", "read_summary", "summarize", "write_run"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SUMMARY, _RESULT = "run.json", "analysis"
 _FILES = (_SUMMARY, f"{_RESULT}.json", f"{_RESULT}.safetensors")
 # The quantiles of the density that the summary lists.
@@ -99,16 +101,18 @@ def write_run(
     check_directory(directory, overwrite=overwrite)
     kept = _without_large_vectors(analysis, vector_limit)
     summary = summarize(kept, title=title, source=source)
+    staged = stage_result(kept, directory / _RESULT)
     try:
-        for name in _FILES:
-            (directory / name).unlink(missing_ok=True)
-        kept.save(directory / _RESULT)
-        text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
-        (directory / _SUMMARY).write_text(text + "\n", encoding="utf-8")
-    except StorageError:
-        raise
-    except OSError as error:
-        msg = f"could not write the run to {str(directory)!r}: {error.strerror}"
+        try:
+            summary = sealed({**summary, "analysis_checksum": staged.checksum})
+            # From then on it is the new run: `read_run` finds its result, published or not.
+            replace_file(directory / _SUMMARY, to_bytes(summary))
+        except Exception:
+            staged.discard()
+            raise
+        staged.publish()
+    except Exception as error:
+        msg = f"could not write the run to {str(directory)!r}: {type(error).__name__}: {error}"
         raise StorageError(msg) from error
     return summary
 
@@ -121,14 +125,21 @@ def read_run(directory: str | Path) -> Analysis:
     StorageError
         There is no run, or its files are damaged or from a newer version of spectra.
     """
-    read_summary(directory)
-    result = load(Path(directory) / _RESULT)
-    if not isinstance(result, Analysis):
-        msg = (
-            f"{str(directory)!r} holds a result of kind {type(result).__name__}, expected Analysis"
-        )
-        raise StorageError(msg)
-    return result
+    before = None
+    while True:
+        summary = read_summary(directory)
+        result = _result_of(summary, Path(directory))
+        if result is not None:
+            return result
+        # It may have been replaced between the two.
+        if summary["checksum"] == before:
+            msg = (
+                f"the files of the run in {str(directory)!r} do not belong together: {_RESULT}.* "
+                f"are missing, or not what {_SUMMARY} was written with; "
+                "restore all three together, or analyse again (--overwrite)"
+            )
+            raise StorageError(msg)
+        before = summary["checksum"]
 
 
 def read_summary(directory: str | Path) -> dict[str, Any]:
@@ -141,7 +152,7 @@ def read_summary(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / _SUMMARY
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_document(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         msg = (
             f"{str(directory)!r} holds no run of spectra ({_SUMMARY} is missing); make one with "
@@ -152,13 +163,52 @@ def read_summary(directory: str | Path) -> dict[str, Any]:
         msg = f"{str(path)!r} is damaged: {error}"
         raise StorageError(msg) from error
     found = summary.get("format") if isinstance(summary, dict) else None
-    if found != FORMAT_VERSION:
+    # What version 1 wrote is read, too: it had no checksums.
+    if type(found) is not int or not 1 <= found <= FORMAT_VERSION:
         msg = (
-            f"{str(path)!r} has format {found!r}, this version of spectra reads format "
+            f"{str(path)!r} has format {found!r}, this version of spectra reads format 1 and "
             f"{FORMAT_VERSION}; update spectra, or name a directory that it wrote"
         )
         raise StorageError(msg)
+    try:
+        _check_summary(summary)
+    except (ValueError, RecursionError) as error:
+        msg = f"{str(path)!r} is damaged: {error}"
+        raise StorageError(msg) from error
     return dict(summary)
+
+
+def _check_summary(summary: dict[str, Any]) -> None:
+    if summary["format"] > 1:
+        check_seal(summary)
+        if not is_checksum(summary.get("analysis_checksum")):
+            msg = "its analysis_checksum is no SHA-256"
+            raise ValueError(msg)
+    elif "checksum" in summary:
+        # What version 2 wrote does not pass for one without checksums.
+        msg = "format 1 has no checksum"
+        raise ValueError(msg)
+    kinds = type(summary.get("title")), type(summary.get("source"))
+    if kinds != (str, dict):
+        msg = "its title is no text, or its source no object"
+        raise ValueError(msg)
+
+
+def _result_of(summary: dict[str, Any], directory: Path) -> Analysis | None:
+    """The analysis that a summary belongs to; None where there is another one."""
+    path = directory / _RESULT
+    if summary["format"] == 1:
+        result = load(path)
+    elif (found := load_staged(path, summary["analysis_checksum"])) is None:
+        return None
+    else:
+        result = found
+    if not isinstance(result, Analysis):
+        msg = (
+            f"{str(directory)!r} holds a result of kind {type(result).__name__}, expected Analysis"
+        )
+        raise StorageError(msg)
+    return result
 
 
 def summarize(

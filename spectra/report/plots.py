@@ -30,6 +30,7 @@ from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.analysis.analyze import Analysis
 from spectra.errors import ArgumentError, ArgumentTypeError
+from spectra.names import printable, short_name
 
 if TYPE_CHECKING:
     from spectra.results import Result
@@ -261,7 +262,8 @@ def plot_estimate(
         _draw_point(ax, estimate, interval, label)
     else:
         _draw_running(ax, estimate, level, label)
-    title = estimate.quantity[:1].upper() + estimate.quantity[1:]
+    quantity = short_name(estimate.quantity)
+    title = quantity[:1].upper() + quantity[1:]
     if estimate.method:
         title += f" ({estimate.method})"
     if not estimate.converged:
@@ -312,14 +314,16 @@ def plot_blocks(blocks: BlockTraces, ax: Axes | None = None) -> Axes:
     ax.axvline(0.0, color=_GREY, linewidth=0.8)
     # From the top, as the model is read.
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_yticks(places, [_shortened(row.name) for row in rows])
+    # A $ in a name is no formula.
+    names = [short_name(row.name, _LONGEST_NAME) for row in rows]
+    ax.set_yticks(places, names, parse_math=False)
     ax.tick_params(axis="y", length=0, labelsize="small" if len(rows) <= 15 else "xx-small")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
     label = "trace of the diagonal block"
     if others is not None:
         low, high = others.trace.interval()
         label += f" ({others.name} together: {others.trace.value:.3g} ± {(high - low) / 2:.1g})"
-    ax.set_xlabel(label)
+    ax.set_xlabel(label, parse_math=False)
     _finish(ax, f"Trace by {blocks.grouping} ({'exact' if blocks.exact else blocks.method})")
     ax.grid(visible=False, axis="y")
     return ax
@@ -350,7 +354,7 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def _finish(ax: Axes, title: str) -> None:
-    ax.set_title(title, loc="left", fontsize="medium")
+    ax.set_title(printable(title), loc="left", fontsize="medium", parse_math=False)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(visible=True, which="major", color=_GREY, alpha=0.2, linewidth=0.6)
     ax.set_axisbelow(True)
@@ -671,7 +675,7 @@ def _draw_running(ax: Axes, estimate: Estimate, level: float, label: str) -> Non
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("number of random probes")
-    ax.set_ylabel(estimate.quantity)
+    ax.set_ylabel(short_name(estimate.quantity), parse_math=False)
 
 
 def _draw_point(ax: Axes, estimate: Estimate, interval: tuple[float, float], label: str) -> None:
@@ -687,12 +691,4 @@ def _draw_point(ax: Axes, estimate: Estimate, interval: tuple[float, float], lab
     ax.set_xlim(low - margin, high + margin)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
     ax.ticklabel_format(axis="x", useOffset=False)
-    ax.set_xlabel(estimate.quantity)
-
-
-# --- blocks --------------------------------------------------------------------------------------
-
-
-def _shortened(name: str) -> str:
-    """The end of a long name, which tells modules apart."""
-    return name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :]
+    ax.set_xlabel(short_name(estimate.quantity), parse_math=False)

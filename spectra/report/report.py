@@ -22,6 +22,8 @@ from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate
 from spectra.analysis.analyze import Analysis
 from spectra.errors import ArgumentError, ArgumentTypeError, StorageError
+from spectra.files import replace_file
+from spectra.names import printable, short_name
 from spectra.report import plots
 
 __all__ = ["save_figures", "write_report"]
@@ -130,7 +132,7 @@ def save_figures(
         directory.mkdir(parents=True, exist_ok=True)
         for name, figure in _drawn(analysis):
             for kind in formats:
-                (directory / f"{name}.{kind}").write_bytes(_rendered(figure, kind))
+                replace_file(directory / f"{name}.{kind}", _rendered(figure, kind))
             paths[name] = directory / f"{name}.{formats[0]}"
     except OSError as error:
         msg = f"could not write figures into {str(directory)!r}: {error}"
@@ -193,7 +195,7 @@ def write_report(
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        replace_file(path, page.encode("utf-8"))
     except OSError as error:
         msg = f"could not write the report to {str(path)!r}: {error}"
         raise StorageError(msg) from error
@@ -202,8 +204,10 @@ def write_report(
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("spectra.report"),
-    # Model, parameter and function names are the user's: they must never become markup.
+    # Model, parameter and function names are the user's: they must never become markup. Nor do
+    # control characters or marks for writing from right to left reach the page.
     autoescape=True,
+    finalize=lambda value: printable(value) if type(value) is str else value,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -423,7 +427,7 @@ def _block_table(blocks: BlockTraces | None) -> _Table | None:
         shares = [f"{row.masses[i]:.1%}" for i in shown]
         value = _rounded(row.trace.value, half)
         error = f"± {half:.2g}" if half > 0 else "exact"
-        rows.append([row.name, f"{row.size:,}", value, error, f"{mean:.3g}", *shares])
+        rows.append([short_name(row.name), f"{row.size:,}", value, error, f"{mean:.3g}", *shares])
     source = f"from {_counted(blocks.probes, 'probe')} that the trace and the Frobenius norm had"
     caption = (
         f"Sums of the diagonal, {'exact' if blocks.exact else source}, ± for "

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -169,10 +170,87 @@ def test_a_damaged_summary_is_refused(text, message, analysis, tmp_path):
 
 
 def test_a_run_must_hold_an_analysis(analysis, tmp_path):
-    write_run(analysis, tmp_path)
+    (tmp_path / "run.json").write_text('{"format": 1, "title": "", "source": {}}')
     analysis.trace.save(tmp_path / "analysis")
     with pytest.raises(StorageError, match="kind Estimate, expected Analysis"):
         read_run(tmp_path)
+
+
+def test_a_run_whose_result_is_another_one_is_refused(analysis, tmp_path):
+    write_run(analysis, tmp_path)
+    analysis.trace.save(tmp_path / "analysis")
+    with pytest.raises(StorageError, match=r"do not belong together.*analyse again"):
+        read_run(tmp_path)
+
+
+def test_a_run_of_the_first_format_is_read(analysis, tmp_path):
+    summary = write_run(analysis, tmp_path)
+    for name in ("analysis_checksum", "checksum"):
+        del summary[name]
+    (tmp_path / "run.json").write_text(json.dumps({**summary, "format": 1}))
+    document = json.loads((tmp_path / "analysis.json").read_text(encoding="utf-8"))
+    for name in ("arrays_sha256", "checksum"):
+        del document[name]
+    (tmp_path / "analysis.json").write_text(json.dumps({**document, "format": 1}))
+    assert str(read_run(tmp_path)) == str(analysis)
+    assert read_summary(tmp_path)["title"] == summary["title"]
+
+
+def test_a_changed_number_of_the_summary_is_damage(analysis, tmp_path):
+    summary = write_run(analysis, tmp_path, title="T")
+    path = tmp_path / "run.json"
+    # Spaces and the order of an editor's line ends say nothing; every number does.
+    path.write_text(json.dumps(summary, indent=3))
+    assert read_summary(tmp_path) == summary
+    path.write_text(json.dumps({**summary, "seed": 1}))
+    with pytest.raises(StorageError, match="damaged: its content does not have the checksum"):
+        read_summary(tmp_path)
+    path.write_text(json.dumps({**summary, "format": 1}))
+    with pytest.raises(StorageError, match="damaged: format 1 has no checksum"):
+        read_summary(tmp_path)
+
+
+@pytest.mark.parametrize("step", range(15))
+def test_a_run_is_replaced_whole_or_not_at_all_wherever_the_process_ends(
+    analysis, tmp_path, monkeypatch, step
+):
+    """Every call that changes the directory is, in turn, the last one before the end."""
+    other = spectra.analyze(np.diag(2 * VALUES), k=2, density=False, trace=False)
+    write_run(analysis, tmp_path, title="old")
+    calls = 0
+
+    class End(BaseException):
+        pass
+
+    def counted(function):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls > step:
+                raise End
+            return function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "fsync", "unlink"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        try:
+            write_run(other, tmp_path, title="new", overwrite=True)
+        except End:
+            ended = True
+        else:
+            ended = False
+    title, found = read_summary(tmp_path)["title"], read_run(tmp_path)
+    expected = {"old": analysis, "new": other}[title]
+    assert str(found) == str(expected)
+    np.testing.assert_array_equal(found.eigenpairs.vectors, expected.eigenpairs.vectors)
+    # The result by itself is whole, too.
+    assert str(spectra.load(tmp_path / "analysis")) in {str(analysis), str(other)}
+    assert ended or title == "new"
+    write_run(other, tmp_path, title="newer", overwrite=True)
+    assert read_summary(tmp_path)["title"] == "newer"
+    assert str(read_run(tmp_path)) == str(other)
 
 
 def test_both_files_of_a_result_can_be_read_by_the_same_people(tmp_path):

@@ -245,6 +245,21 @@ def test_an_adapter_without_safe_weights_is_refused(adapter, text, tmp_path):
         causal_lm(place, text)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"megatron_config": {"a": 1}, "megatron_core": "evil"},
+        {"tokenizer_kwargs": {"trust_remote_code": True}},
+    ],
+    ids=min,
+)
+def test_an_adapter_that_names_code_to_import_is_refused(adapter, text, tmp_path, options):
+    place = shutil.copytree(adapter, tmp_path / "adapter")
+    edit(place, **options)
+    with pytest.raises(TargetError, match=r"import code, and none from a checkpoint is run"):
+        causal_lm(place, text)
+
+
 def test_damaged_weights_of_an_adapter_are_named(adapter, text, tmp_path):
     place = shutil.copytree(adapter, tmp_path / "adapter")
     (place / "adapter_model.safetensors").write_bytes(b"nothing")

@@ -255,6 +255,25 @@ def test_a_directory_without_a_model_says_what_is_missing(saved, tmp_path, text)
         causal_lm(tmp_path, text)
 
 
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_configuration_that_names_code_to_fetch_is_refused(saved, tmp_path, text, name, nested):
+    place = shutil.copytree(saved, tmp_path / "model")
+    setting = {name: "organisation/kernel"}
+    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    config.update({"text_config": [setting]} if nested else setting)
+    (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(TargetError, match=rf"sets {name} to 'organisation/kernel'.*remove the"):
+        causal_lm(place, text)
+
+
+def test_a_configuration_that_is_no_configuration_is_refused(saved, tmp_path, text):
+    place = shutil.copytree(saved, tmp_path / "model")
+    (place / "config.json").write_text("[" * 100_000)
+    with pytest.raises(TargetError, match=r"cannot read .*config.json"):
+        causal_lm(place, text)
+
+
 def test_a_missing_tokenizer_is_named(saved, tmp_path, text):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(saved / name, tmp_path)

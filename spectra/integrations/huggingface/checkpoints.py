@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -55,9 +56,9 @@ def task_of(model_dir: str | Path) -> Task:
     checkpoint = locate(Path(model_dir))
     if checkpoint.adapter is not None:
         kind = _read_json(checkpoint.adapter / "adapter_config.json").get("task_type")
-        if kind in {"CAUSAL_LM", "SEQ_CLS"}:
+        if kind in ("CAUSAL_LM", "SEQ_CLS"):
             return "causal" if kind == "CAUSAL_LM" else "classify"
-    architectures = " ".join(checkpoint.config.get("architectures") or [])
+    architectures = str(checkpoint.config.get("architectures"))
     if "ForMaskedLM" in architectures:
         return "masked"
     if "ForSequenceClassification" in architectures or "ForImageClassification" in architectures:
@@ -82,9 +83,13 @@ def locate(path: Path) -> Checkpoint:
         )
         raise TargetError(msg)
     if (path / "adapter_config.json").is_file():
-        return Checkpoint(_base_of(path), adapter=path)
+        _refuse_code(path / "adapter_config.json")
+        base = _base_of(path)
+        _refuse_code(base / "config.json")
+        return Checkpoint(base, adapter=path)
     configured = (path / "config.json").is_file()
     if configured and any(path.glob("*.safetensors")):
+        _refuse_code(path / "config.json")
         return Checkpoint(path)
     packed = sorted(file.name for file in path.glob("*.gguf"))
     if len(packed) == 1:
@@ -116,7 +121,7 @@ def _base_of(adapter: Path) -> Path:
         raise TargetError(msg)
     name = _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     # As PEFT reads it, from here; or beside the adapter, where both were moved together.
-    places = [Path(name), adapter / name] if name else []
+    places = [Path(name), adapter / name] if name and isinstance(name, str) else []
     for place in places:
         if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
             return place
@@ -128,6 +133,33 @@ def _base_of(adapter: Path) -> Path:
     raise TargetError(msg)
 
 
+def _refuse_code(path: Path) -> None:
+    """Refuse a configuration that names code to fetch or import.
+
+    `trust_remote_code=False` does not cover these, and not every version of the libraries does.
+    """
+    for name, value in _settings(_read_json(path)):
+        kernel = name.strip("_").startswith("attn_implementation") and "/" in str(value)
+        if kernel or (name in {"megatron_config", "trust_remote_code"} and value):
+            msg = (
+                f"{str(path)!r} sets {name} to {str(value)[:80]!r}, which makes transformers or "
+                "peft fetch or import code, and none from a checkpoint is run; remove the setting"
+            )
+            raise TargetError(msg)
+
+
+def _settings(config: Any) -> Iterator[tuple[str, Any]]:
+    """All names and values of a configuration, nested ones too."""
+    nested = [config]
+    while nested:
+        value = nested.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            nested += value.values()
+        elif isinstance(value, list):
+            nested += value
+
+
 def _holds_pickle(path: Path) -> bool:
     return any(file.suffix in {".bin", ".pt", ".pth"} for file in path.iterdir())
 
@@ -135,7 +167,7 @@ def _holds_pickle(path: Path) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         msg = f"cannot read {str(path)!r}: {in_short(error)}"
         raise TargetError(msg) from error
     return content if isinstance(content, dict) else {}
