@@ -116,6 +116,7 @@ class Journal:
         try:
             if self.resumed:
                 _check_identity(path, self._records[0].meta, header)
+                _check_complete(path, self._records)
         except BaseException:
             self._file.close()
             raise
@@ -523,6 +524,18 @@ def _check_input(path: Path, known: Any, rows: Tensor) -> None:
             "file, or name another path, to begin anew"
         )
         raise CheckpointError(msg)
+
+
+def _check_complete(path: Path, records: Sequence[Record]) -> None:
+    """Refuse a file that was cut off so early that vectors which later records held are gone."""
+    for kind in {record.meta["kind"] for record in records}:
+        last = [record.meta for record in records if record.meta["kind"] == kind][-1]
+        if last.get("stripped"):
+            msg = (
+                f"the checkpoint {str(path)!r} is damaged: its end is missing, with vectors that "
+                "the run needs to go on. Delete it, or name another path, to begin anew"
+            )
+            raise StorageError(msg)
 
 
 def _check_identity(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

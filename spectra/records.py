@@ -158,7 +158,7 @@ class RecordFile:
         Parameters
         ----------
         kept
-            Records, and whether with their arrays.
+            Records, and whether with their arrays; those without are marked as `stripped`.
         meta, arrays
             Of the new record.
 
@@ -189,9 +189,9 @@ class RecordFile:
         yield _MAGIC
         check = b""
         for record, whole in kept:
-            old = {key: value for key, value in record.meta.items() if key not in _OF_ARRAYS}
             if not whole:
-                parts, check = _record(old, [], check)
+                left_over = {k: v for k, v in record.meta.items() if k not in _OF_ARRAYS}
+                parts, check = _record({**left_over, "stripped": True}, [], check)
                 yield from parts
                 continue
             head, check = _head(record.meta, record.size, check)

@@ -43,6 +43,18 @@ def test_bits_of_every_byte_are_watched(tmp_path):
                 assert case.judged({**case.files, name: bytes(flipped)}) in {"refused", "the same"}
 
 
+def test_a_checkpoint_cut_off_anywhere_is_refused_or_gone_on_from(tmp_path):
+    target = next(target for target in TARGETS if target.name == "checkpoint")
+    case = Case(target, tmp_path)
+    verdicts = set()
+    for files in (case.files, case.other):
+        ((name, content),) = files.items()
+        # Where the vectors of a restart are gone, and right behind them.
+        for end in range(0, len(content), 499):
+            verdicts.add(case.judged({name: content[:end]}))
+    assert verdicts == {"refused", "the same"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_thousands_of_mutated_files_neither_kill_nor_stop_a_process(target):

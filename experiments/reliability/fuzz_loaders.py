@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ from experiments.reliability.mutations import Files
 from spectra.analysis.storage import read_run, read_summary, write_run
 from spectra.documents import sealed, to_bytes
 from spectra.errors import StorageError
+from spectra.operators.base import MatrixOperator
 from spectra.results import Result
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
@@ -139,6 +140,38 @@ def load_run(directory: Path) -> Any:
     return read_summary(directory), read_run(directory)
 
 
+class Mortal(MatrixOperator):
+    """A matrix of which few products can be had."""
+
+    def __init__(self, products: int) -> None:
+        super().__init__(torch.diag(torch.arange(1.0, 10.0, dtype=torch.float64) ** 2))
+        self._left = products
+
+    def _products(self, rows: torch.Tensor) -> torch.Tensor:
+        self._left -= len(rows)
+        if self._left < 0:
+            raise KeyboardInterrupt
+        return super()._products(rows)
+
+
+def question(products: int, checkpoint: Path) -> Result:
+    """A search whose basis is restarted."""
+    H = Mortal(products)
+    return spectra.eigsh(H, k=2, ncv=5, tol=1e-9, progress=False, checkpoint=checkpoint)
+
+
+def save_checkpoint(directory: Path, which: int) -> None:
+    """The checkpoint of a run that died soon, or later."""
+    with contextlib.suppress(KeyboardInterrupt):
+        question(9 + 7 * which, directory / "checkpoint")
+
+
+def go_on(directory: Path) -> Result:
+    """The result of the run that goes on, whatever it finds: all of it, or what is not torn off."""
+    found: Any = question(10**6, directory / "checkpoint")
+    return replace(found, notes=tuple(note for note in found.notes if "cut off" not in note))
+
+
 # A further loader is one more line here.
 TARGETS = (
     Target("result", save_result, load_result),
@@ -146,6 +179,7 @@ TARGETS = (
     Target("run directory", save_run, load_run),
     Target("result of format 1", save_format_1, load_result, checked=False),
     Target("result, forged", save_result, load_result, checked=False, seal=forged),
+    Target("checkpoint", save_checkpoint, go_on),
     Target("run directory, forged", save_run, load_run, checked=False, seal=forged),
 )
 
