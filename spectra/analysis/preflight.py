@@ -13,6 +13,10 @@ from torch import Tensor
 
 from spectra.algorithms import probes
 from spectra.algorithms.eigen import placed_basis
+from spectra.analysis import differences, findings
+from spectra.analysis.findings import Finding
+from spectra.errors import DataError
+from spectra.objective.keeping import checksums
 from spectra.objective.memory import Peak, free_bytes, in_words
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.operators.hessian import HessianOperator
@@ -30,8 +34,6 @@ _PRODUCTS = {
     "analyze(H)": (10, 97, 280),
 }
 _SLOW = 1.0
-# Relative noise of a product that is said: a hundred times that of single precision.
-_NOISY = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ class Forecast(Result):
 
 @dataclass(frozen=True, eq=False)
 class Preflight(Result):
-    """What a product takes, what runs will take, and what to do about it.
+    """Whether the products can be relied on, what they take, and what runs will take.
 
     Attributes
     ----------
@@ -82,6 +84,10 @@ class Preflight(Result):
         What the questions will take.
     advice
         What to change, if anything.
+    findings
+        What was checked, and what came out.
+    matvecs, gradients
+        Spent on all of that; gradients in double precision cost twice as much and more.
     """
 
     n: int
@@ -94,8 +100,26 @@ class Preflight(Result):
     symmetry_defect: float
     forecasts: tuple[Forecast, ...]
     advice: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    matvecs: int = 0
+    gradients: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Nothing of what was checked makes numbers wrong: no error, no warning."""
+        return not self.problems
+
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        """The findings that are warnings or errors."""
+        return tuple(f for f in self.findings if f.level in {"warning", "error"})
 
     def __str__(self) -> str:
+        lines = [str(finding) for finding in self.findings]
+        lines += ["", self._costs()]
+        return "\n".join(lines)
+
+    def _costs(self) -> str:
         lines = [
             f"a product of n = {self.n:,} takes {_time(self.seconds)}"
             f" (the first one {_time(self.first_seconds)})"
@@ -110,7 +134,6 @@ class Preflight(Result):
             memory.append(f"{in_words(self.kept_bytes)} kept between products")
         memory.append(f"{in_words(self.free_bytes)} were free")
         lines.append(f"memory: {', '.join(memory)}")
-        lines.append(f"symmetry defect {self.symmetry_defect:.1g}")
         lines += _choices(self.provenance.get("operator", {}))
         lines.append("")
         width = max(len(forecast.question) for forecast in self.forecasts)
@@ -129,45 +152,65 @@ class Preflight(Result):
 
 
 def check(H: Any, *, seed: int = 0) -> Preflight:
-    """What a product of an operator takes, and what the questions will.
+    """Whether an operator is what it should be, what a product takes, and what the questions will.
 
-    Costs one gradient (two where they are fast) and two matvecs, after which the operator is warm:
-    what was decided and kept in them serves the run that follows.
+    Costs four matvecs, of a Hessian also four to ten gradients: fewer where the first differences
+    of gradients agree with a product, and up to six more in double precision where none does. The
+    operator is warm afterwards: what was decided and kept serves the run that follows. The model is
+    left as it was found; its weights are not written to.
 
     Parameters
     ----------
     H
-        An operator, a torch or NumPy matrix, a SciPy sparse matrix or LinearOperator.
+        An operator, a torch or NumPy matrix, a SciPy sparse matrix or LinearOperator. The latter
+        are checked for symmetry, linearity and determinism.
     seed
         Of the two random vectors.
 
     Returns
     -------
     Preflight
-        Measured time and memory of a product; for every question the products that networks took
-        with default options, their time at the measured speed, and where its basis will be. The
-        number of products depends on the spectrum, which is not known yet.
+        Findings, each with the parameters or modules that it is about and the remedy: symmetry,
+        linearity, determinism, precision, products against differences of the gradient, the
+        gradient against differences of the loss, parameters without gradient or curvature, the
+        order of the batches, dropout and batch norm. Measured time and memory of a product; for
+        every question the products that networks took with default options, their time at the
+        measured speed, and where its basis will be. The number of products depends on the spectrum,
+        which is not known yet.
 
     Raises
     ------
     SpectraError
-        What a product raises: see `HessianOperator`.
+        What a product raises, such as an operation without a second derivative: see
+        `HessianOperator`.
     """
     operator = as_operator(H)
     space, device = operator.space, operator.space.device
     generator = probes.seeded(seed)
     free = free_bytes(device)
-    gradient_seconds = None
-    if isinstance(operator, HessianOperator):
-        gradient_seconds = _gradient_seconds(operator)
+    begun = operator.matvecs
+    first = _FirstGradient(operator) if isinstance(operator, HessianOperator) else None
     u, v = probes.sphere(space, generator), probes.sphere(space, generator)
     peak = Peak(device)
     with peak:
         first_seconds, hu = _timed(device, lambda: operator.apply(u))
         seconds, hv = _timed(device, lambda: operator.apply(v))
+    again, combined = operator.apply(v), operator.apply(0.6 * u + 0.8 * v)
     described = operator.describe()
     scale = max(space.norm(hu), space.norm(hv)) or 1.0
     defect = abs(space.inner(u, hv) - space.inner(v, hu)) / scale
+    # Between random vectors noise of a product shows divided by √n.
+    noise = defect * math.sqrt(space.n)
+    found, gradients = [], 0
+    if first is not None:
+        found, gradients = _of_a_hessian(first, v, hv, again)
+    else:
+        found = [findings.finite_values(None, None), findings.determinism(space, hv, again)]
+    found[2:2] = [
+        findings.symmetry(noise),
+        findings.linearity(space, 0.6 * hu + 0.8 * hv, combined, noise),
+        findings.precision(noise, _dtypes(operator)),
+    ]
     forecasts = tuple(
         _forecast(operator, question, k, (low, high), seconds)
         for question, (k, low, high) in _PRODUCTS.items()
@@ -175,7 +218,7 @@ def check(H: Any, *, seed: int = 0) -> Preflight:
     )
     return Preflight(
         n=space.n,
-        gradient_seconds=gradient_seconds,
+        gradient_seconds=None if first is None else first.seconds,
         first_seconds=first_seconds,
         seconds=seconds,
         peak_bytes=peak.bytes,
@@ -183,9 +226,81 @@ def check(H: Any, *, seed: int = 0) -> Preflight:
         free_bytes=free,
         symmetry_defect=defect,
         forecasts=forecasts,
-        advice=tuple(_advice(operator, described, forecasts, seconds, defect)),
+        advice=tuple(_advice(described, forecasts, seconds)),
+        findings=tuple(found),
+        matvecs=operator.matvecs - begun,
+        gradients=gradients,
         provenance={"operator": described, "seed": seed, "versions": versions()},
     )
+
+
+class _FirstGradient:
+    """Loss and gradient as they came first, how long that took, and what it changed."""
+
+    def __init__(self, operator: HessianOperator) -> None:
+        self.operator = operator
+        # Kept graphs give it away for nothing.
+        warm = operator.matvecs > 0
+        before = _checksums(operator)
+        seconds, found = _timed(operator.space.device, operator.value_and_gradient)
+        self.value, self.gradient = found
+        after = _checksums(operator)
+        self.changed = [name for name in before if before[name] != after[name]]
+        self.gradients = 0 if warm else 1
+        if not warm and seconds < _SLOW:
+            # What a process does for the first time is not counted where it is most of it.
+            seconds, _ = _timed(operator.space.device, operator.value_and_gradient)
+            self.gradients += 1
+        self.seconds = None if warm else seconds
+
+
+def _of_a_hessian(
+    first: _FirstGradient, v: Tensor, product: Tensor, again: Tensor
+) -> tuple[list[Finding], int]:
+    """What can be checked with gradients, and how many of them it took."""
+    operator, space = first.operator, first.operator.space
+    anew = operator.value_and_gradient_at(space.zeros())[1]
+    # A gradient counts as zero beside what it becomes when the weights move by their own size.
+    large = max(space.norm(first.gradient), differences.size(operator) * space.norm(product))
+    repeated = findings.determinism(space, product, again, (first.gradient, anew, large))
+    compared, agreement = differences.agreement(operator, v, product, large)
+    found = [
+        findings.finite_values(first.value, space.norm(first.gradient)),
+        repeated,
+        agreement,
+        differences.gradient_of_the_loss(operator, first.gradient, first.value),
+        *differences.parameters(operator, product, first.gradient, first.value, compared),
+        findings.unchanged(first.changed, space.names),
+        findings.modes(operator),
+    ]
+    gradients = first.gradients + 1 + compared.gradients
+    batches = operator.describe().get("batches") or 1
+    # Of what differs anyway the order cannot be told.
+    if batches > 1 and repeated.level in {"ok", "note"}:
+        found.append(_batch_order(operator, anew, large))
+        gradients += 1
+    return found, gradients
+
+
+def _batch_order(operator: HessianOperator, gradient: Tensor, large: float) -> Finding:
+    space = operator.space
+    try:
+        with operator.objective.in_reverse():
+            backward = operator.value_and_gradient_at(space.zeros())[1]
+    except DataError as error:
+        return Finding("batch order", "note", f"not compared: {error}")
+    return findings.batch_order(space, gradient, backward, large)
+
+
+def _checksums(operator: HessianOperator) -> dict[str, bytes]:
+    tensors = zip(operator.space.names, operator.objective.stored, strict=True)
+    return {name: checksums([tensor]) for name, tensor in tensors}
+
+
+def _dtypes(operator: SymmetricOperator) -> set[str]:
+    if isinstance(operator, HessianOperator):
+        return differences.dtypes(operator)
+    return set()
 
 
 def _timed(device: torch.device, product: Callable[[], Tensor]) -> tuple[float, Tensor]:
@@ -194,16 +309,6 @@ def _timed(device: torch.device, product: Callable[[], Tensor]) -> tuple[float, 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start, result
-
-
-def _gradient_seconds(operator: HessianOperator) -> float | None:
-    """Of an ordinary pass over the data."""
-    if operator.matvecs:
-        # Kept graphs would give it away for nothing.
-        return None
-    first, _ = _timed(operator.space.device, operator.gradient)
-    # What a process does for the first time is not counted where it is most of it.
-    return first if first > _SLOW else _timed(operator.space.device, operator.gradient)[0]
 
 
 def _forecast(
@@ -243,20 +348,9 @@ def _choices(described: dict[str, Any]) -> list[str]:
 
 
 def _advice(
-    operator: SymmetricOperator,
-    described: dict[str, Any],
-    forecasts: tuple[Forecast, ...],
-    seconds: float,
-    defect: float,
+    described: dict[str, Any], forecasts: tuple[Forecast, ...], seconds: float
 ) -> list[str]:
     advice = []
-    # Between random vectors noise of a product shows divided by √n.
-    if defect * math.sqrt(operator.space.n) > _NOISY:
-        advice.append(
-            "products are noisy or unsymmetric, by a share of "
-            f"{defect * math.sqrt(operator.space.n):.1g}: smaller eigenvalues, relative to the "
-            "norm, mean nothing. If the model is in half precision, use compute_dtype=torch.float32"
-        )
     graphs = described.get("graphs", {})
     if described.get("graph") == "auto" and graphs.get("retained", 0) < graphs.get("parts", 0):
         advice.append(
