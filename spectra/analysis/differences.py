@@ -41,9 +41,9 @@ _LIMITS = {"float64": 1e-3, "float32": 1e-2, "bfloat16": 0.3, "float16": 0.1}
 _NOISE = 10.0
 # A step whose noise is more than this share of the product tells nothing.
 _USELESS = 0.3
-_KINKS = (
-    ("Relu", "Threshold", "Hardtanh", "Clamp", "Abs", "Max", "Min", "Median", "Sort", "Topk")
-    + ("Hardswish", "Hardsigmoid", "Hardshrink", "Softshrink", "Prelu", "Norm1", "L1Loss")
+# How the names of operations begin, as autograd calls them, whose derivative jumps somewhere.
+_KINKS = ("Relu", "Leaky", "Prelu", "Threshold", "Hardtanh", "Hardsw", "Hardsig", "Hardsh") + (
+    ("Softsh", "Abs", "Clamp", "Max", "Min", "Median", "Sort", "Topk", "Round", "Sign", "Floor")
 )
 _BCE = "BinaryCrossEntropyBackward"
 
@@ -87,7 +87,13 @@ class Differences:
 
 
 def agreement(
-    operator: HessianOperator, v: Tensor, product: Tensor, large: float
+    operator: HessianOperator,
+    v: Tensor,
+    product: Tensor,
+    gradient: Tensor,
+    *,
+    large: float,
+    noise: float,
 ) -> tuple[Differences, Finding]:
     """Does Hv agree with differences of the gradient along v?
 
@@ -95,8 +101,13 @@ def agreement(
     ----------
     v, product
         A vector of norm one, and H times it.
+    gradient
+        The gradient. Parameters of which neither it nor the product has anything stay where they
+        are: what the others have to do with them is none of the derivative's.
     large
         Size of a gradient, of which rounding takes its share.
+    noise
+        Relative error of a product by rounding.
 
     Returns
     -------
@@ -105,8 +116,12 @@ def agreement(
         the model is in half precision.
     """
     used, names = dtypes(operator), operator.space.names
-    limit = max(_LIMITS[dtype] for dtype in used)
+    limit = max(*(_LIMITS[dtype] for dtype in used), min(10 * noise, _LIMITS["bfloat16"]))
     found = Differences(limit)
+    v = v.clone()
+    for place in operator.space.slices.values():
+        if not product[place].any() and not gradient[place].any():
+            v[place] = 0.0
     if not used & {"bfloat16", "float16"}:
         found = _compared(operator, v, product, large, limit)
     if (not found.told or found.disagreeing) and "float64" not in used:
@@ -141,10 +156,10 @@ def agreement(
     else:
         text = f"{message}; in {len(bad)} of {len(names)} parameters by up to {worst:.1g}"
         remedy = (
-            "one of these: a second derivative is wrong (a custom backward with NumPy or .data, a "
-            "hook on a module, a probability that saturates: use losses of logits); a value is "
-            "detached, and moves in a difference but not in a derivative; or H is right, and "
-            "steps meet kinks (ReLU, max), choices (routing, rounding) or parts in float32"
+            "a second derivative is wrong (a custom backward with NumPy or .data, a hook on a "
+            "module, a probability that saturates), or a value is detached, which moves in a "
+            "difference and not in a derivative; H is right where steps only meet kinks (ReLU, "
+            "max), choices (routing, rounding) or parts in lower precision"
         )
     if suspects := [*_suspects(operator), *kinks]:
         remedy += f". Look first at {', '.join(suspects[:4])}"
@@ -176,20 +191,23 @@ def parameters(
     ]
     unused = [name for name in flat if not gradient[space.slices[name]].any()]
     linear = [name for name in flat if name not in unused]
+    # A gradient that is zero where there is a path from the loss is an answer.
+    cut = _without_path(operator, unused) if unused else []
     findings = []
-    if unused and _depends(operator, unused, value):
+    if cut and _depends(operator, cut, value):
+        unused = [name for name in unused if name not in cut]
         findings.append(
             Finding(
                 "parameters",
                 "error",
-                f"the loss depends on {len(unused)} parameters from which it gets no gradient, or "
-                "on some of them: their rows of H are zero, and should not be",
-                where=compressed(unused, space.names),
+                f"the loss depends on {len(cut)} of them, or some of these, and they get no "
+                "gradient: their rows of H are zero, and should not be",
+                where=compressed(cut, space.names),
                 remedy="remove .detach(), torch.no_grad(), .data, NumPy or a reentrant checkpoint "
                 "between them and the loss, or leave them out with params=",
             )
         )
-    elif unused:
+    if unused:
         findings.append(
             Finding(
                 "parameters",
@@ -220,7 +238,7 @@ def gradient_of_the_loss(operator: HessianOperator, gradient: Tensor, value: flo
     Costs two thirds of a gradient for each of at most two steps.
     """
     space, check = operator.space, "gradient of the loss"
-    length, limit = space.norm(gradient), 0.1
+    length, limit = space.norm(gradient), 0.05
     best = math.inf
     for step in (1e-3, 1e-4) if length else ():
         h = step * size(operator)
@@ -336,6 +354,13 @@ def dtypes(operator: HessianOperator) -> set[str]:
 
 def _eps(operator: HessianOperator) -> float:
     return max(torch.finfo(tensor.dtype).eps for tensor in operator.objective.parameters)
+
+
+def _without_path(operator: HessianOperator, names: list[str]) -> list[str]:
+    """Those of some parameters to which no path leads back from the loss of the first batch."""
+    reached = {id(getattr(node, "variable", None)) for node in operator.operations()}
+    tensors = zip(operator.space.names, operator.objective.parameters, strict=True)
+    return [name for name, tensor in tensors if name in names and id(tensor) not in reached]
 
 
 def _depends(operator: HessianOperator, names: list[str], value: float) -> bool:

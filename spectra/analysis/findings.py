@@ -27,6 +27,7 @@ __all__ = [
     "linearity",
     "modes",
     "precision",
+    "relative",
     "symmetry",
     "unchanged",
 ]
@@ -125,17 +126,9 @@ def precision(noise: float, dtypes: Iterable[str]) -> Finding:
     return Finding("precision", level, message, remedy=remedy, measured=noise, limit=_NOISY)
 
 
-def linearity(space: VectorSpace, combined: Tensor, product: Tensor, noise: float) -> Finding:
-    """Is H(au + bv) = a Hu + b Hv?
-
-    Parameters
-    ----------
-    combined, product
-        The right side and the left one.
-    """
-    difference = _relative(space, product - combined, combined, product)
-    limit = max(_ROUNDING * space.eps, 10 * noise)
-    message = f"H(au + bv) and a Hu + b Hv differ by {difference:.1g}"
+def linearity(difference: float) -> Finding:
+    """Is H(au + bv) = a Hu + b Hv? What little differs is rounding, and a case of `precision`."""
+    message, limit = f"H(au + bv) and a Hu + b Hv differ by {difference:.1g}", _NO_DIGITS
     if difference <= limit:
         return Finding("linearity", "ok", message, measured=difference, limit=limit)
     return Finding(
@@ -165,7 +158,7 @@ def determinism(
         The first one, the one evaluated anew, and the norm of what counts as large; None for an
         operator that has none.
     """
-    difference = _relative(space, second - first, first)
+    difference = relative(space, second - first, first)
     message = f"a product computed again differs by {difference:.1g}"
     if gradients is not None:
         before, anew, large = gradients
@@ -270,7 +263,8 @@ def compressed(chosen: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(glob_of.get(name, name) for name in chosen))
 
 
-def _relative(space: VectorSpace, difference: Tensor, *sizes: Tensor) -> float:
+def relative(space: VectorSpace, difference: Tensor, *sizes: Tensor) -> float:
+    """The norm of a difference, as a share of the largest of some vectors."""
     return space.norm(difference) / (max(space.norm(size) for size in sizes) or 1.0)
 
 

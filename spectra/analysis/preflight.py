@@ -200,17 +200,20 @@ def check(H: Any, *, seed: int = 0) -> Preflight:
     scale = max(space.norm(hu), space.norm(hv)) or 1.0
     defect = abs(space.inner(u, hv) - space.inner(v, hu)) / scale
     # Between random vectors noise of a product shows divided by √n.
-    noise = defect * math.sqrt(space.n)
-    found, gradients = [], 0
-    if first is not None:
-        found, gradients = _of_a_hessian(first, v, hv, again)
-    else:
-        found = [findings.finite_values(None, None), findings.determinism(space, hv, again)]
-    found[2:2] = [
-        findings.symmetry(noise),
-        findings.linearity(space, 0.6 * hu + 0.8 * hv, combined, noise),
-        findings.precision(noise, _dtypes(operator)),
+    unsymmetric = defect * math.sqrt(space.n)
+    linear = 0.6 * hu + 0.8 * hv
+    nonlinear = findings.relative(space, combined - linear, combined, linear)
+    found = [
+        findings.symmetry(unsymmetric),
+        findings.linearity(nonlinear),
+        findings.precision(max(unsymmetric, nonlinear), _dtypes(operator)),
     ]
+    gradients = 0
+    if first is None:
+        found += [findings.determinism(space, hv, again), findings.finite_values(None, None)]
+    else:
+        more, gradients = _of_a_hessian(first, v, hv, again, nonlinear)
+        found += more
     forecasts = tuple(
         _forecast(operator, question, k, (low, high), seconds)
         for question, (k, low, high) in _PRODUCTS.items()
@@ -255,31 +258,37 @@ class _FirstGradient:
 
 
 def _of_a_hessian(
-    first: _FirstGradient, v: Tensor, product: Tensor, again: Tensor
+    first: _FirstGradient, v: Tensor, product: Tensor, again: Tensor, noise: float
 ) -> tuple[list[Finding], int]:
     """What can be checked with gradients, and how many of them it took."""
     operator, space = first.operator, first.operator.space
+    value, gradient = first.value, first.gradient
     anew = operator.value_and_gradient_at(space.zeros())[1]
     # A gradient counts as zero beside what it becomes when the weights move by their own size.
-    large = max(space.norm(first.gradient), differences.size(operator) * space.norm(product))
-    repeated = findings.determinism(space, product, again, (first.gradient, anew, large))
-    compared, agreement = differences.agreement(operator, v, product, large)
+    large = max(space.norm(gradient), differences.size(operator) * space.norm(product))
+    repeated = findings.determinism(space, product, again, (gradient, anew, large))
     found = [
-        findings.finite_values(first.value, space.norm(first.gradient)),
         repeated,
-        agreement,
-        differences.gradient_of_the_loss(operator, first.gradient, first.value),
-        *differences.parameters(operator, product, first.gradient, first.value, compared),
-        findings.unchanged(first.changed, space.names),
+        findings.finite_values(value, space.norm(gradient)),
         findings.modes(operator),
+        findings.unchanged(first.changed, space.names),
     ]
-    gradients = first.gradients + 1 + compared.gradients
-    batches = operator.describe().get("batches") or 1
-    # Of what differs anyway the order cannot be told.
-    if batches > 1 and repeated.level in {"ok", "note"}:
+    gradients = first.gradients + 1
+    # Of what differs from call to call nothing else can be told.
+    if repeated.level in {"warning", "error"}:
+        return found, gradients
+    if (operator.describe().get("batches") or 1) > 1:
         found.append(_batch_order(operator, anew, large))
         gradients += 1
-    return found, gradients
+    compared, agreement = differences.agreement(
+        operator, v, product, gradient, large=large, noise=noise
+    )
+    found += [
+        agreement,
+        differences.gradient_of_the_loss(operator, gradient, value),
+        *differences.parameters(operator, product, gradient, value, compared),
+    ]
+    return found, gradients + compared.gradients
 
 
 def _batch_order(operator: HessianOperator, gradient: Tensor, large: float) -> Finding:
