@@ -6,14 +6,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from spectra.algorithms import probes
 from spectra.algorithms.eigen import placed_basis
-from spectra.analysis import differences, findings
+from spectra.analysis import findings, gradients
+from spectra.analysis.differences import Product, dtypes, size
 from spectra.analysis.findings import Finding
 from spectra.errors import DataError
 from spectra.objective.keeping import checksums
@@ -34,6 +35,8 @@ _PRODUCTS = {
     "analyze(H)": (10, 97, 280),
 }
 _SLOW = 1.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,11 +211,11 @@ def check(H: Any, *, seed: int = 0) -> Preflight:
         findings.linearity(nonlinear),
         findings.precision(max(unsymmetric, nonlinear), _dtypes(operator)),
     ]
-    gradients = 0
+    spent = 0
     if first is None:
         found += [findings.determinism(space, hv, again), findings.finite_values(None, None)]
     else:
-        more, gradients = _of_a_hessian(first, v, hv, again, nonlinear)
+        more, spent = _of_a_hessian(first, v, hv, again, nonlinear)
         found += more
     forecasts = tuple(
         _forecast(operator, question, k, (low, high), seconds)
@@ -232,7 +235,7 @@ def check(H: Any, *, seed: int = 0) -> Preflight:
         advice=tuple(_advice(described, forecasts, seconds)),
         findings=tuple(found),
         matvecs=operator.matvecs - begun,
-        gradients=gradients,
+        gradients=spent,
         provenance={"operator": described, "seed": seed, "versions": versions()},
     )
 
@@ -265,7 +268,7 @@ def _of_a_hessian(
     value, gradient = first.value, first.gradient
     anew = operator.value_and_gradient_at(space.zeros())[1]
     # A gradient counts as zero beside what it becomes when the weights move by their own size.
-    large = max(space.norm(gradient), differences.size(operator) * space.norm(product))
+    large = max(space.norm(gradient), size(operator) * space.norm(product))
     repeated = findings.determinism(space, product, again, (gradient, anew, large))
     found = [
         repeated,
@@ -273,22 +276,21 @@ def _of_a_hessian(
         findings.modes(operator),
         findings.unchanged(first.changed, space.names),
     ]
-    gradients = first.gradients + 1
+    spent = first.gradients + 1
     # Of what differs from call to call nothing else can be told.
     if repeated.level in {"warning", "error"}:
-        return found, gradients
+        return found, spent
     if (operator.describe().get("batches") or 1) > 1:
         found.append(_batch_order(operator, anew, large))
-        gradients += 1
-    compared, agreement = differences.agreement(
-        operator, v, product, gradient, large=large, noise=noise
-    )
+        spent += 1
+    known = Product(v, product, large, noise)
+    compared, agreement = gradients.agreement(operator, known, gradient)
     found += [
         agreement,
-        differences.gradient_of_the_loss(operator, gradient, value),
-        *differences.parameters(operator, product, gradient, value, compared),
+        gradients.gradient_of_the_loss(operator, gradient, value),
+        *gradients.parameters(operator, product, gradient, value, compared),
     ]
-    return found, gradients + compared.gradients
+    return found, spent + compared.gradients
 
 
 def _batch_order(operator: HessianOperator, gradient: Tensor, large: float) -> Finding:
@@ -308,11 +310,11 @@ def _checksums(operator: HessianOperator) -> dict[str, bytes]:
 
 def _dtypes(operator: SymmetricOperator) -> set[str]:
     if isinstance(operator, HessianOperator):
-        return differences.dtypes(operator)
+        return dtypes(operator)
     return set()
 
 
-def _timed(device: torch.device, product: Callable[[], Tensor]) -> tuple[float, Tensor]:
+def _timed(device: torch.device, product: Callable[[], T]) -> tuple[float, T]:
     start = time.perf_counter()
     result = product()
     if device.type == "cuda":

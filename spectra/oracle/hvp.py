@@ -276,7 +276,7 @@ class HvpOracle:
         """Within it losses are evaluated and differentiated, at θ or beside it."""
         kind = self.objective.space.device.type
         self._graphs.drop_outdated()
-        beside = contextlib.nullcontext()
+        beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if displacement is not None:
             beside = self.objective.displaced(displacement)
         with (
