@@ -32,6 +32,8 @@ _HALF = frozenset({"bfloat16", "float16"})
 _ROUNDING = 10.0
 # A step whose rounding is more than this share of the product tells nothing.
 _USELESS = 0.3
+# Of single precision: what the comparison in double takes at most.
+_VECTORS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +100,8 @@ def compare(operator: HessianOperator, known: Product) -> Differences:
     if not used & _HALF:
         found = _compared(operator, known, limit)
     if "float64" in used or (found.worst and not found.disagreeing):
+        return found
+    if operator.space.affordable() < _VECTORS:
         return found
     try:
         precise = operator.computing_in(torch.float64)

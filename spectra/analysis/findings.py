@@ -11,10 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from spectra.objective.modes import stochastic_modules
-from spectra.objective.vectors import VectorSpace
 from spectra.operators.hessian import HessianOperator
 from spectra.results import Result
 
@@ -27,7 +24,6 @@ __all__ = [
     "linearity",
     "modes",
     "precision",
-    "relative",
     "symmetry",
     "unchanged",
 ]
@@ -142,30 +138,21 @@ def linearity(difference: float) -> Finding:
     )
 
 
-def determinism(
-    space: VectorSpace,
-    first: Tensor,
-    second: Tensor,
-    gradients: tuple[Tensor, Tensor, float] | None = None,
-) -> Finding:
-    """Is a product the same when it is computed again, and the gradient when it is evaluated anew?
+def determinism(eps: float, again: float, anew: float | None = None) -> Finding:
+    """Is a product the same when it is computed again, and the gradient when evaluated anew?
 
     Parameters
     ----------
-    first, second
-        Two products of one vector.
-    gradients
-        The first one, the one evaluated anew, and the norm of what counts as large; None for an
-        operator that has none.
+    eps
+        Machine epsilon of the vectors.
+    again, anew
+        By what share a product and a gradient change; None for an operator without gradients.
     """
-    difference = relative(space, second - first, first)
-    message = f"a product computed again differs by {difference:.1g}"
-    if gradients is not None:
-        before, anew, large = gradients
-        moved = space.norm(anew - before) / (large or 1.0)
-        message += f", the gradient evaluated anew by {moved:.1g}"
-        difference = max(difference, moved)
-    limit = _ROUNDING * space.eps
+    message, difference = f"a product computed again differs by {again:.1g}", again
+    if anew is not None:
+        message += f", the gradient evaluated anew by {anew:.1g}"
+        difference = max(again, anew)
+    limit = _ROUNDING * eps
     if difference <= limit:
         return Finding("determinism", "ok", message, measured=difference, limit=limit)
     level = "error" if difference > _ANOTHER else "warning" if difference > _NOISY else "note"
@@ -173,18 +160,17 @@ def determinism(
         "determinism",
         level,
         message,
-        remedy="call torch.use_deterministic_algorithms(True) against kernels that add in any "
-        "order; let neither model, loss nor data change between calls (a counter, a cache, an "
-        "attribute); call release() after a change",
+        remedy="let neither model, loss nor data change between calls (a counter, a cache, an "
+        "attribute), or call release() after a change; against kernels that add in any order call "
+        "torch.use_deterministic_algorithms(True)",
         measured=difference,
         limit=limit,
     )
 
 
-def batch_order(space: VectorSpace, forward: Tensor, backward: Tensor, large: float) -> Finding:
+def batch_order(eps: float, difference: float) -> Finding:
     """Is the gradient the same when the batches come in the opposite order?"""
-    difference = space.norm(backward - forward) / (large or 1.0)
-    limit = math.sqrt(space.eps)
+    limit = math.sqrt(eps)
     message = f"with the batches in the opposite order the gradient differs by {difference:.1g}"
     if difference <= limit:
         return Finding("batch order", "ok", message, measured=difference, limit=limit)
@@ -193,7 +179,7 @@ def batch_order(space: VectorSpace, forward: Tensor, backward: Tensor, large: fl
         "warning",
         f"{message}: the loss is no sum over batches",
         remedy="let nothing pass from one batch to the next (a hidden state, running statistics, a "
-        "memory bank); make one batch of what belongs together",
+        "memory bank), or make one batch of what belongs together",
         measured=difference,
         limit=limit,
     )
@@ -261,11 +247,6 @@ def compressed(chosen: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
         for name in group
     }
     return tuple(dict.fromkeys(glob_of.get(name, name) for name in chosen))
-
-
-def relative(space: VectorSpace, difference: Tensor, *sizes: Tensor) -> float:
-    """The norm of a difference, as a share of the largest of some vectors."""
-    return space.norm(difference) / (max(space.norm(size) for size in sizes) or 1.0)
 
 
 def _listed(names: tuple[str, ...]) -> str:

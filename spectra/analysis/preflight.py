@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -188,51 +188,33 @@ def check(H: Any, *, seed: int = 0) -> Preflight:
         `HessianOperator`.
     """
     operator = as_operator(H)
-    space, device = operator.space, operator.space.device
-    generator = probes.seeded(seed)
-    free = free_bytes(device)
-    begun = operator.matvecs
+    begun, free = operator.matvecs, free_bytes(operator.space.device)
     first = _FirstGradient(operator) if isinstance(operator, HessianOperator) else None
-    u, v = probes.sphere(space, generator), probes.sphere(space, generator)
-    peak = Peak(device)
-    with peak:
-        first_seconds, hu = _timed(device, lambda: operator.apply(u))
-        seconds, hv = _timed(device, lambda: operator.apply(v))
-    again, combined = operator.apply(v), operator.apply(0.6 * u + 0.8 * v)
+    products = _FourProducts(operator, seed)
     described = operator.describe()
-    scale = max(space.norm(hu), space.norm(hv)) or 1.0
-    defect = abs(space.inner(u, hv) - space.inner(v, hu)) / scale
-    # Between random vectors noise of a product shows divided by √n.
-    unsymmetric = defect * math.sqrt(space.n)
-    linear = 0.6 * hu + 0.8 * hv
-    nonlinear = findings.relative(space, combined - linear, combined, linear)
-    found = [
-        findings.symmetry(unsymmetric),
-        findings.linearity(nonlinear),
-        findings.precision(max(unsymmetric, nonlinear), _dtypes(operator)),
-    ]
-    spent = 0
+    found, spent = products.findings(() if first is None else dtypes(first.operator)), 0
     if first is None:
-        found += [findings.determinism(space, hv, again), findings.finite_values(None, None)]
+        found.append(findings.determinism(operator.space.eps, products.again))
+        found.append(findings.finite_values(None, None))
     else:
-        more, spent = _of_a_hessian(first, v, hv, again, nonlinear)
+        more, spent = _of_a_hessian(first, products)
         found += more
     forecasts = tuple(
-        _forecast(operator, question, k, (low, high), seconds)
+        _forecast(operator, question, k, (low, high), products.seconds)
         for question, (k, low, high) in _PRODUCTS.items()
-        if k <= space.n
+        if k <= operator.space.n
     )
     return Preflight(
-        n=space.n,
+        n=operator.space.n,
         gradient_seconds=None if first is None else first.seconds,
-        first_seconds=first_seconds,
-        seconds=seconds,
-        peak_bytes=peak.bytes,
+        first_seconds=products.first_seconds,
+        seconds=products.seconds,
+        peak_bytes=products.peak_bytes,
         kept_bytes=described.get("graphs", {}).get("bytes"),
         free_bytes=free,
-        symmetry_defect=defect,
+        symmetry_defect=products.defect,
         forecasts=forecasts,
-        advice=tuple(_advice(described, forecasts, seconds)),
+        advice=tuple(_advice(described, forecasts, products.seconds)),
         findings=tuple(found),
         matvecs=operator.matvecs - begun,
         gradients=spent,
@@ -241,17 +223,15 @@ def check(H: Any, *, seed: int = 0) -> Preflight:
 
 
 class _FirstGradient:
-    """Loss and gradient as they came first, how long that took, and what it changed."""
+    """Loss and gradient as they came first, and how long that took."""
 
     def __init__(self, operator: HessianOperator) -> None:
         self.operator = operator
+        self.checksums = _checksums(operator)
         # Kept graphs give it away for nothing.
         warm = operator.matvecs > 0
-        before = _checksums(operator)
         seconds, found = _timed(operator.space.device, operator.value_and_gradient)
         self.value, self.gradient = found
-        after = _checksums(operator)
-        self.changed = [name for name in before if before[name] != after[name]]
         self.gradients = 0 if warm else 1
         if not warm and seconds < _SLOW:
             # What a process does for the first time is not counted where it is most of it.
@@ -260,21 +240,56 @@ class _FirstGradient:
         self.seconds = None if warm else seconds
 
 
-def _of_a_hessian(
-    first: _FirstGradient, v: Tensor, product: Tensor, again: Tensor, noise: float
-) -> tuple[list[Finding], int]:
+class _FourProducts:
+    """H u, H v, H v once more, and that of a combination: their costs, and how they fit together.
+
+    Long vectors go as soon as they have served; v and H v stay.
+    """
+
+    def __init__(self, operator: SymmetricOperator, seed: int) -> None:
+        space, device = operator.space, operator.space.device
+        generator = probes.seeded(seed)
+        u, v = probes.sphere(space, generator), probes.sphere(space, generator)
+        peak = Peak(device)
+        with peak:
+            self.first_seconds, hu = _timed(device, lambda: operator.apply(u))
+            self.seconds, hv = _timed(device, lambda: operator.apply(v))
+        self.peak_bytes = peak.bytes
+        self.v, self.hv = v, hv
+        scale = max(space.norm(hu), space.norm(hv)) or 1.0
+        self.defect = abs(space.inner(u, hv) - space.inner(v, hu)) / scale
+        # Between random vectors noise of a product shows divided by √n.
+        self.unsymmetric = self.defect * math.sqrt(space.n)
+        self.again = space.norm(operator.apply(v) - hv) / (space.norm(hv) or 1.0)
+        combined = hu.mul_(0.6).add_(hv, alpha=0.8)
+        difference = operator.apply(0.6 * u + 0.8 * v) - combined
+        self.nonlinear = space.norm(difference) / (space.norm(combined) or 1.0)
+
+    def findings(self, used: Iterable[str]) -> list[Finding]:
+        """What the products tell without a gradient; `used` are the model's dtypes."""
+        return [
+            findings.symmetry(self.unsymmetric),
+            findings.linearity(self.nonlinear),
+            findings.precision(max(self.unsymmetric, self.nonlinear), used),
+        ]
+
+
+def _of_a_hessian(first: _FirstGradient, products: _FourProducts) -> tuple[list[Finding], int]:
     """What can be checked with gradients, and how many of them it took."""
     operator, space = first.operator, first.operator.space
-    value, gradient = first.value, first.gradient
-    anew = operator.value_and_gradient_at(space.zeros())[1]
+    value, gradient, hv = first.value, first.gradient, products.hv
     # A gradient counts as zero beside what it becomes when the weights move by their own size.
-    large = max(space.norm(gradient), size(operator) * space.norm(product))
-    repeated = findings.determinism(space, product, again, (gradient, anew, large))
+    large = max(space.norm(gradient), size(operator) * space.norm(hv)) or 1.0
+    anew = operator.value_and_gradient_at(None)[1]
+    moved = space.norm(anew - gradient) / large
+    now = _checksums(operator)
+    changed = [name for name, before in first.checksums.items() if now[name] != before]
+    repeated = findings.determinism(space.eps, products.again, moved)
     found = [
         repeated,
         findings.finite_values(value, space.norm(gradient)),
         findings.modes(operator),
-        findings.unchanged(first.changed, space.names),
+        findings.unchanged(changed, space.names),
     ]
     spent = first.gradients + 1
     # Of what differs from call to call nothing else can be told.
@@ -283,12 +298,13 @@ def _of_a_hessian(
     if (operator.describe().get("batches") or 1) > 1:
         found.append(_batch_order(operator, anew, large))
         spent += 1
-    known = Product(v, product, large, noise)
+    del anew
+    known = Product(products.v, hv, large, products.nonlinear)
     compared, agreement = gradients.agreement(operator, known, gradient)
     found += [
         agreement,
         gradients.gradient_of_the_loss(operator, gradient, value),
-        *gradients.parameters(operator, product, gradient, value, compared),
+        *gradients.parameters(operator, hv, gradient, value, compared),
     ]
     return found, spent + compared.gradients
 
@@ -297,21 +313,15 @@ def _batch_order(operator: HessianOperator, gradient: Tensor, large: float) -> F
     space = operator.space
     try:
         with operator.objective.in_reverse():
-            backward = operator.value_and_gradient_at(space.zeros())[1]
+            backward = operator.value_and_gradient_at(None)[1]
     except DataError as error:
         return Finding("batch order", "note", f"not compared: {error}")
-    return findings.batch_order(space, gradient, backward, large)
+    return findings.batch_order(space.eps, space.norm(backward - gradient) / large)
 
 
 def _checksums(operator: HessianOperator) -> dict[str, bytes]:
     tensors = zip(operator.space.names, operator.objective.stored, strict=True)
     return {name: checksums([tensor]) for name, tensor in tensors}
-
-
-def _dtypes(operator: SymmetricOperator) -> set[str]:
-    if isinstance(operator, HessianOperator):
-        return dtypes(operator)
-    return set()
 
 
 def _timed(device: torch.device, product: Callable[[], T]) -> tuple[float, T]:

@@ -230,10 +230,11 @@ class HessianOperator(SymmetricOperator):
         self._check_tensor(displacement)
         return self._oracle.value(displacement)
 
-    def value_and_gradient_at(self, displacement: Tensor) -> tuple[float, Tensor]:
+    def value_and_gradient_at(self, displacement: Tensor | None) -> tuple[float, Tensor]:
         """L and its gradient at θ + `displacement`, flat (n,), which costs one gradient.
 
-        The weights are left as they are, to the last bit; the loss is always evaluated anew.
+        The weights are left as they are, to the last bit. The loss is always evaluated anew, also
+        with None, at θ.
 
         Raises
         ------
@@ -242,7 +243,8 @@ class HessianOperator(SymmetricOperator):
         LossError, NonFiniteError
             The loss cannot be evaluated there.
         """
-        self._check_tensor(displacement)
+        if displacement is not None:
+            self._check_tensor(displacement)
         return self._oracle.value_and_gradient_at(displacement)
 
     def block(self, params: Selection) -> HessianOperator:

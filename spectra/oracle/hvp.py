@@ -95,10 +95,10 @@ class HvpOracle:
                 self._gradient_graph(part, create_graph=False) for part in self.objective.parts()
             )
 
-    def value_and_gradient_at(self, displacement: Tensor) -> tuple[float, Tensor]:
-        """L and its gradient at θ + displacement, in a pass of ordinary gradients.
+    def value_and_gradient_at(self, displacement: Tensor | None) -> tuple[float, Tensor]:
+        """L and its gradient at θ + displacement, or at θ, in a pass of ordinary gradients.
 
-        Kept graphs are neither used nor dropped, even where the displacement is zero.
+        Kept graphs are neither used nor dropped.
         """
 
         def evaluate() -> tuple[float, Tensor]:
