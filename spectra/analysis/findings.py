@@ -90,13 +90,13 @@ def finite_values(value: float | None, gradient_norm: float | None) -> Finding:
 
 def symmetry(noise: float) -> Finding:
     """Is uᵀHv = vᵀHu?"""
-    message = f"uᵀHv and vᵀHu differ as products with a relative error of {noise:.1g} do"
+    message = f"uᵀHv and vᵀHu differ as if products had a relative error of {noise:.1g}"
     if noise <= _NO_DIGITS:
         return Finding("symmetry", "ok", message, measured=noise, limit=_NO_DIGITS)
     return Finding(
         "symmetry",
         "error",
-        f"{message}: the operator is noisy or unsymmetric, and has no such spectrum",
+        f"{message}: the operator is unsymmetric or random, and its spectrum is not a Hessian's",
         remedy="a second derivative is wrong or cut off (a custom backward, .detach(), a hook on a "
         "module, a straight-through estimator), or the operator is no Hessian",
         measured=noise,
@@ -107,7 +107,7 @@ def symmetry(noise: float) -> Finding:
 def precision(noise: float, dtypes: Iterable[str]) -> Finding:
     """How many digits do the products have?"""
     half = sorted(set(dtypes) & {"bfloat16", "float16"})
-    message = f"products have a relative error of about {noise:.1g}"
+    message = f"products have a relative error of {noise:.1g}"
     # Beyond the other limit it is no question of digits.
     level = "warning" if _NOISY < noise <= _NO_DIGITS else "ok"
     if level == "ok":
