@@ -240,13 +240,15 @@ def compressed(chosen: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"(?:(?<=\.)|^)\d+(?=\.|$)", "*", name), []).append(name)
-    glob_of = {
-        name: glob
-        for glob, group in groups.items()
-        if len(group) > 1 and set(group) <= set(chosen)
-        for name in group
-    }
-    return tuple(dict.fromkeys(glob_of.get(name, name) for name in chosen))
+    glob_of = {name: _glob(group) for group in groups.values() for name in group}
+    complete = {name for group in groups.values() if set(group) <= set(chosen) for name in group}
+    return tuple(dict.fromkeys(glob_of[name] if name in complete else name for name in chosen))
+
+
+def _glob(group: list[str]) -> str:
+    """Dotted names of equal length, with a `*` where they are not the same."""
+    parts = zip(*(name.split(".") for name in group), strict=True)
+    return ".".join(own[0] if len(set(own)) == 1 else "*" for own in parts)
 
 
 def _listed(names: tuple[str, ...]) -> str:

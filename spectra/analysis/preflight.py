@@ -119,7 +119,9 @@ class Preflight(Result):
 
     def __str__(self) -> str:
         lines = [str(finding) for finding in self.findings]
-        lines += ["", self._costs()]
+        if lines:
+            lines.append(f"(from {self.matvecs} matvecs and {self.gradients} gradients)\n")
+        lines.append(self._costs())
         return "\n".join(lines)
 
     def _costs(self) -> str:

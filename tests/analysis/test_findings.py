@@ -9,6 +9,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import spectra
 from spectra.analysis.findings import compressed
@@ -115,9 +116,8 @@ def test_a_checkpoint_that_cannot_be_differentiated_is_found(dtype):
     found = checked(network(Checkpointed(block)), dtype=dtype)
     assert "gradient differences" in problems(found)
     wrong = finding(found, "gradient differences")
-    assert set(wrong.where) >= {"*.module.*.weight", "*.module.*.bias"}
+    assert set(wrong.where) >= {"2.module.*.weight", "2.module.*.bias"}
     assert "HandMadeCheckpoint" in wrong.remedy
-    assert finding(found, "symmetry").level == "error"
 
 
 def test_a_swallowed_derivative_is_an_error_that_names_the_parameter():
@@ -200,20 +200,20 @@ def test_parameters_that_get_no_gradient_though_the_loss_depends_on_them_are_an_
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unused_parameters_and_those_that_enter_linearly_are_noted_by_name(dtype):
     model = network(nn.Linear(4, 4))
-    model.unused = nn.Linear(2, 2)
+    model[2].unused = nn.Linear(2, 2)
     found = checked(model, supervised(nn.L1Loss()), dtype)
     assert found.ok
     notes = {f.where: f for f in found.findings if f.check == "parameters"}
-    assert set(notes) == {("unused.weight", "unused.bias"), ("4.bias",)}
+    assert set(notes) == {("2.unused.weight", "2.unused.bias"), ("4.bias",)}
     assert all(note.level == "note" for note in notes.values())
-    assert "no influence" in notes["unused.weight", "unused.bias"].message
+    assert "no influence" in notes["2.unused.weight", "2.unused.bias"].message
     assert "linearly" in notes["4.bias",].message
 
 
 def test_a_gradient_that_is_zero_at_the_end_of_a_path_is_an_answer():
     # Rises on either side of zero, but no derivative is missing.
     H = spectra.HessianOperator.from_function(
-        lambda x, y: x.abs().pow(1.5).sum() * (x != 0).any() + (y**2).sum(),
+        lambda x, y: (x.abs() ** 3).sum() + (y**2).sum(),
         [torch.zeros(3, dtype=torch.float64), torch.ones(2, dtype=torch.float64)],
     )
     found = check(H)
@@ -325,7 +325,7 @@ def test_an_operator_that_is_not_symmetric_is_an_error():
 
 
 def test_an_operator_that_is_not_linear_is_an_error():
-    found = check(operator_of(lambda x: SYMMETRIC @ x * np.linalg.norm(SYMMETRIC @ x, 4)))
+    found = check(operator_of(lambda x: SYMMETRIC @ np.abs(x)))
     assert ("linearity", "error") in [(f.check, f.level) for f in found.problems]
 
 
@@ -408,18 +408,36 @@ def test_kinks_that_single_precision_steps_over_are_resolved_in_double():
     assert "ReluBackward0" in kinked.remedy
 
 
+class Reentrant(nn.Linear):
+    """Its inputs require no gradient, which makes PyTorch's own lose that of the weights."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=True)
+
+
 def test_models_that_recompute_by_themselves_pass():
-    from torch.utils.checkpoint import checkpoint
-
-    class Reentrant(nn.Linear):
-        def forward(self, x):
-            return checkpoint(super().forward, x, use_reentrant=True)
-
     model = network(nn.Tanh())
-    # Its inputs require no gradient, which makes PyTorch's own lose that of the weights.
     model[0] = Reentrant(4, 4)
     found = checked(model)
     assert [f.level for f in found.findings] == ["ok"] * len(found.findings)
+
+
+def test_a_checkpoint_out_of_reach_that_loses_gradients_is_found():
+    # In a closure, where it is not replaced.
+    hidden = checkpoint
+
+    class OutOfReach(nn.Linear):
+        def forward(self, x):
+            with warnings.catch_warnings():
+                # PyTorch says so, too.
+                warnings.simplefilter("ignore")
+                return hidden(super().forward, x, use_reentrant=True)
+
+    model = network(nn.Tanh())
+    model[0] = OutOfReach(4, 4)
+    wrong = finding(checked(model), "parameters")
+    assert (wrong.level, wrong.where) == ("error", ("0.weight", "0.bias"))
+    assert "reentrant checkpoint" in wrong.remedy
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
