@@ -45,6 +45,7 @@ _EPILOG = """\
 exit status:
   0    done, and everything reached its tolerance
   1    done, but something did not reach its tolerance; the results are written and marked
+       (check: done, and something is wrong)
   2    wrong usage: options, TARGET or files cannot be used as given; nothing was computed
   3    the analysis failed
   130  interrupted (Ctrl-C), 143 by SIGTERM: what was computed is in DIR, and --resume goes on
@@ -180,6 +181,7 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
         "ncv": arguments.ncv,
         "basis": arguments.basis,
         "budget": arguments.budget,
+        "preflight": arguments.preflight,
         "seed": arguments.seed,
     }
     return functools.partial(
@@ -222,12 +224,13 @@ def _check(arguments: argparse.Namespace) -> Callable[[], int]:
     operator, title, _ = _asked_about(arguments, say)
 
     def run() -> int:
-        say(f"One gradient and two products of the Hessian of {title} …\n")
+        say(f"Checking the Hessian of {title} by some gradients and four products …\n")
         with _stdout_to_stderr(arguments.json):
             found = check(operator, seed=arguments.seed)
         numbers = dataclasses.asdict(found)
         _say(json.dumps(numbers, indent=1, allow_nan=False) if arguments.json else str(found))
-        return _CONVERGED
+        wrong = any(finding.level == "error" for finding in found.findings)
+        return _NOT_CONVERGED if wrong else _CONVERGED
 
     return run
 
@@ -584,7 +587,9 @@ def _parser() -> argparse.ArgumentParser:
     analysis.set_defaults(prepare=_analyze)
 
     preflight = add(
-        "check", help="what an analysis of a model of yours will take", description=_TARGET
+        "check",
+        help="whether the products of a model of yours are right, and what an analysis will take",
+        description=_TARGET,
     )
     _add_check_options(preflight)
     preflight.set_defaults(prepare=_check)
@@ -646,6 +651,13 @@ def _add_questions(group: argparse._ArgumentGroup) -> None:
         type=_budget,
         metavar="B",
         help="most matvecs (100), or a time (90s, 10min, 2h), of the whole run",
+    )
+    add(
+        "--preflight",
+        choices=("strict", "warn", "off"),
+        default=defaults["preflight"].default,
+        help="check the products first: always, and stop at a warning; before long runs; never "
+        "(default: %(default)s)",
     )
     add("--trace", action="store_true", help="trace, by layer too, and Frobenius norm")
     add("--density", action="store_true", help="spectral density; without either option, both")

@@ -19,6 +19,7 @@ __all__ = [
     "NonFiniteError",
     "NotSymmetricError",
     "ParameterSelectionError",
+    "PreflightError",
     "SpectraError",
     "StochasticModelError",
     "StorageError",
@@ -72,6 +73,18 @@ class StochasticModelError(SpectraError, RuntimeError):
 
 class NotSymmetricError(SpectraError, ValueError):
     """A matrix or operator is not symmetric, so its spectrum is not what spectra computes."""
+
+
+class PreflightError(SpectraError, RuntimeError):
+    """The checks before a run have found something, and the run was to be strict about it.
+
+    Attributes
+    ----------
+    preflight
+        All that they have found.
+    """
+
+    preflight: typing.Any = None
 
 
 class StorageError(SpectraError, OSError):

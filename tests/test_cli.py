@@ -69,6 +69,10 @@ def training():
     model, loss, data = problem()
     return torch.nn.Sequential(model, torch.nn.Dropout(0.5)), loss, data
 
+def detached():
+    model, loss, data = problem()
+    return model, lambda m, batch: loss(lambda x: m[1:](m[0](x).detach()), batch), data
+
 def raises():
     raise KeyError("weights\\nof two lines")
 
@@ -488,6 +492,18 @@ def test_check_says_what_an_analysis_will_take(place, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["n"] == 39
     assert found["provenance"]["operator"]["microbatch"] == 7
+    assert {finding["level"] for finding in found["findings"]} == {"ok"}
+
+
+def test_check_fails_where_something_is_wrong_and_a_strict_analysis_does_not_begin(place, capsys):
+    assert cli.main(["check", "targets.py:detached"]) == 1
+    assert "error   parameters" in capsys.readouterr().out
+    out = ["--out", str(place / "run")]
+    assert cli.main(["analyze", "targets.py:detached", *out, "--preflight", "strict"]) == 3
+    error = capsys.readouterr().err
+    assert "spectra: error: the checks before the run found 1 of" in error
+    assert "0.weight" in error
+    assert not (place / "run").exists()
 
 
 def test_the_means_of_the_operator_arrive(place, undrawn):

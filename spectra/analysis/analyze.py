@@ -28,6 +28,7 @@ from spectra.algorithms.resuming import resumable
 from spectra.algorithms.summation import spectral_interval
 from spectra.algorithms.trace import trace_estimate
 from spectra.analysis.budget import Budget, Ledger
+from spectra.analysis.gate import Strictness, check_strictness, checked_before
 from spectra.analysis.sharing import Shared
 from spectra.errors import ArgumentError
 from spectra.journal import Stopped, ended, remember, unless_stopped
@@ -180,6 +181,7 @@ def analyze(
     trace: bool = True,
     density: bool = True,
     budget: Budget = None,
+    preflight: Strictness = "warn",
     ncv: int | None = None,
     basis: Basis = "auto",
     max_matvecs: int = 200,
@@ -211,6 +213,10 @@ def analyze(
         Most matvecs (100), or a time ("90s", "10min", "2h"), of the whole run. The eigenpairs take
         at most 60 % of it, the density gets fewer steps where it is short. A time is turned into
         products by their measured speed, and kept to within a few of them.
+    preflight
+        Whether the operator is checked first, as `check` does. "warn": a Hessian, where the run
+        will take more than a minute and four products are a small part of it; what is wrong is in
+        the notes. "strict": always, and it ends the run. "off": never.
     max_matvecs
         Most single probes for trace and Frobenius norm together.
     seed
@@ -231,6 +237,8 @@ def analyze(
     ------
     ArgumentError
         As `eigsh`, `spectral_density` and `trace` do; a budget too small for k eigenpairs.
+    PreflightError
+        With preflight="strict": a check ended in a warning or an error.
 
     An exception that ends the run after the eigenpairs, Ctrl-C included, has them as its attribute
     `partial`; one that ends their search has what `eigsh` says.
@@ -240,6 +248,7 @@ def analyze(
     random_probes.seeded(seed)
     check_tolerances(rtol, None, 0.95, max_matvecs)
     check_counts(steps, probes)
+    check_strictness(preflight)
     # Independent streams for the parts: probes must not repeat the start vector's numbers.
     streams = np.random.SeedSequence(int(seed)).generate_state(3)
     ledger = Ledger(operator, budget)
@@ -253,11 +262,13 @@ def analyze(
             "steps": steps,
             "probes": probes,
             "budget": budget,
+            "preflight": preflight,
         },
         "seed": seed,
         "versions": versions(),
     }
     check_eigsh_arguments(operator.space.n, k, which, None, tol)
+    concerns = checked_before(ledger, operator, preflight, seed)
     pairs, value, gradient_norm = _eigenpairs(
         ledger,
         operator,
@@ -271,7 +282,8 @@ def analyze(
     )
     # By now the number of batches is known, too.
     provenance["operator"] = operator.describe()
-    notes = [*operator.describe().get("notes", ()), *_graph_notes(operator.describe())]
+    notes = [*concerns, *operator.describe().get("notes", ())]
+    notes += _graph_notes(operator.describe())
     measure = trace_result = frobenius = blocks = None
     with _kept(pairs):
         if density:

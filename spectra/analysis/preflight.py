@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from spectra.algorithms import probes
 from spectra.algorithms.eigen import placed_basis
+from spectra.analysis import findings, gradients
+from spectra.analysis.differences import Product, dtypes, size
+from spectra.analysis.findings import Finding
+from spectra.errors import DataError
+from spectra.objective.keeping import checksums
 from spectra.objective.memory import Peak, free_bytes, in_words
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.operators.hessian import HessianOperator
@@ -30,8 +35,8 @@ _PRODUCTS = {
     "analyze(H)": (10, 97, 280),
 }
 _SLOW = 1.0
-# Relative noise of a product that is said: a hundred times that of single precision.
-_NOISY = 1e-3
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +63,7 @@ class Forecast(Result):
 
 @dataclass(frozen=True, eq=False)
 class Preflight(Result):
-    """What a product takes, what runs will take, and what to do about it.
+    """Whether the products can be relied on, what they take, and what runs will take.
 
     Attributes
     ----------
@@ -82,6 +87,10 @@ class Preflight(Result):
         What the questions will take.
     advice
         What to change, if anything.
+    findings
+        What was checked, and what came out.
+    matvecs, gradients
+        Spent on all of that; gradients in double precision cost twice as much and more.
     """
 
     n: int
@@ -94,8 +103,28 @@ class Preflight(Result):
     symmetry_defect: float
     forecasts: tuple[Forecast, ...]
     advice: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    matvecs: int = 0
+    gradients: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Nothing of what was checked makes numbers wrong: no error, no warning."""
+        return not self.problems
+
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        """The findings that are warnings or errors."""
+        return tuple(f for f in self.findings if f.level in {"warning", "error"})
 
     def __str__(self) -> str:
+        lines = [str(finding) for finding in self.findings]
+        if lines:
+            lines.append(f"(from {self.matvecs} matvecs and {self.gradients} gradients)\n")
+        lines.append(self._costs())
+        return "\n".join(lines)
+
+    def _costs(self) -> str:
         lines = [
             f"a product of n = {self.n:,} takes {_time(self.seconds)}"
             f" (the first one {_time(self.first_seconds)})"
@@ -110,7 +139,6 @@ class Preflight(Result):
             memory.append(f"{in_words(self.kept_bytes)} kept between products")
         memory.append(f"{in_words(self.free_bytes)} were free")
         lines.append(f"memory: {', '.join(memory)}")
-        lines.append(f"symmetry defect {self.symmetry_defect:.1g}")
         lines += _choices(self.provenance.get("operator", {}))
         lines.append("")
         width = max(len(forecast.question) for forecast in self.forecasts)
@@ -129,81 +157,181 @@ class Preflight(Result):
 
 
 def check(H: Any, *, seed: int = 0) -> Preflight:
-    """What a product of an operator takes, and what the questions will.
+    """Whether an operator is what it should be, what a product takes, and what the questions will.
 
-    Costs one gradient (two where they are fast) and two matvecs, after which the operator is warm:
-    what was decided and kept in them serves the run that follows.
+    Costs four matvecs, of a Hessian also four to ten gradients: fewer where the first differences
+    of gradients agree with a product, and up to six more in double precision where none does. The
+    operator is warm afterwards: what was decided and kept serves the run that follows. The model is
+    left as it was found; its weights are not written to.
 
     Parameters
     ----------
     H
-        An operator, a torch or NumPy matrix, a SciPy sparse matrix or LinearOperator.
+        An operator, a torch or NumPy matrix, a SciPy sparse matrix or LinearOperator. The latter
+        are checked for symmetry, linearity and determinism.
     seed
         Of the two random vectors.
 
     Returns
     -------
     Preflight
-        Measured time and memory of a product; for every question the products that networks took
-        with default options, their time at the measured speed, and where its basis will be. The
-        number of products depends on the spectrum, which is not known yet.
+        Findings, each with the parameters or modules that it is about and the remedy: symmetry,
+        linearity, determinism, precision, products against differences of the gradient, the
+        gradient against differences of the loss, parameters without gradient or curvature, the
+        order of the batches, dropout and batch norm. Measured time and memory of a product; for
+        every question the products that networks took with default options, their time at the
+        measured speed, and where its basis will be. The number of products depends on the spectrum,
+        which is not known yet.
 
     Raises
     ------
     SpectraError
-        What a product raises: see `HessianOperator`.
+        What a product raises, such as an operation without a second derivative: see
+        `HessianOperator`.
     """
     operator = as_operator(H)
-    space, device = operator.space, operator.space.device
-    generator = probes.seeded(seed)
-    free = free_bytes(device)
-    gradient_seconds = None
-    if isinstance(operator, HessianOperator):
-        gradient_seconds = _gradient_seconds(operator)
-    u, v = probes.sphere(space, generator), probes.sphere(space, generator)
-    peak = Peak(device)
-    with peak:
-        first_seconds, hu = _timed(device, lambda: operator.apply(u))
-        seconds, hv = _timed(device, lambda: operator.apply(v))
+    begun, free = operator.matvecs, free_bytes(operator.space.device)
+    first = _FirstGradient(operator) if isinstance(operator, HessianOperator) else None
+    products = _FourProducts(operator, seed)
     described = operator.describe()
-    scale = max(space.norm(hu), space.norm(hv)) or 1.0
-    defect = abs(space.inner(u, hv) - space.inner(v, hu)) / scale
+    found, spent = products.findings(() if first is None else dtypes(first.operator)), 0
+    if first is None:
+        found.append(findings.determinism(operator.space.eps, products.again))
+        found.append(findings.finite_values(None, None))
+    else:
+        more, spent = _of_a_hessian(first, products)
+        found += more
     forecasts = tuple(
-        _forecast(operator, question, k, (low, high), seconds)
+        _forecast(operator, question, k, (low, high), products.seconds)
         for question, (k, low, high) in _PRODUCTS.items()
-        if k <= space.n
+        if k <= operator.space.n
     )
     return Preflight(
-        n=space.n,
-        gradient_seconds=gradient_seconds,
-        first_seconds=first_seconds,
-        seconds=seconds,
-        peak_bytes=peak.bytes,
+        n=operator.space.n,
+        gradient_seconds=None if first is None else first.seconds,
+        first_seconds=products.first_seconds,
+        seconds=products.seconds,
+        peak_bytes=products.peak_bytes,
         kept_bytes=described.get("graphs", {}).get("bytes"),
         free_bytes=free,
-        symmetry_defect=defect,
+        symmetry_defect=products.defect,
         forecasts=forecasts,
-        advice=tuple(_advice(operator, described, forecasts, seconds, defect)),
+        advice=tuple(_advice(described, forecasts, products.seconds)),
+        findings=tuple(found),
+        matvecs=operator.matvecs - begun,
+        gradients=spent,
         provenance={"operator": described, "seed": seed, "versions": versions()},
     )
 
 
-def _timed(device: torch.device, product: Callable[[], Tensor]) -> tuple[float, Tensor]:
+class _FirstGradient:
+    """Loss and gradient as they came first, and how long that took."""
+
+    def __init__(self, operator: HessianOperator) -> None:
+        self.operator = operator
+        self.checksums = _checksums(operator)
+        # Kept graphs give it away for nothing.
+        warm = operator.matvecs > 0
+        seconds, found = _timed(operator.space.device, operator.value_and_gradient)
+        self.value, self.gradient = found
+        self.gradients = 0 if warm else 1
+        if not warm and seconds < _SLOW:
+            # What a process does for the first time is not counted where it is most of it.
+            seconds, _ = _timed(operator.space.device, operator.value_and_gradient)
+            self.gradients += 1
+        self.seconds = None if warm else seconds
+
+
+class _FourProducts:
+    """H u, H v, H v once more, and that of a combination: their costs, and how they fit together.
+
+    Long vectors go as soon as they have served; v and H v stay.
+    """
+
+    def __init__(self, operator: SymmetricOperator, seed: int) -> None:
+        space, device = operator.space, operator.space.device
+        generator = probes.seeded(seed)
+        u, v = probes.sphere(space, generator), probes.sphere(space, generator)
+        peak = Peak(device)
+        with peak:
+            self.first_seconds, hu = _timed(device, lambda: operator.apply(u))
+            self.seconds, hv = _timed(device, lambda: operator.apply(v))
+        self.peak_bytes = peak.bytes
+        self.v, self.hv = v, hv
+        scale = max(space.norm(hu), space.norm(hv)) or 1.0
+        self.defect = abs(space.inner(u, hv) - space.inner(v, hu)) / scale
+        # Between random vectors noise of a product shows divided by √n.
+        self.unsymmetric = self.defect * math.sqrt(space.n)
+        self.again = space.norm(operator.apply(v) - hv) / (space.norm(hv) or 1.0)
+        combined = hu.mul_(0.6).add_(hv, alpha=0.8)
+        difference = operator.apply(0.6 * u + 0.8 * v) - combined
+        self.nonlinear = space.norm(difference) / (space.norm(combined) or 1.0)
+
+    def findings(self, used: Iterable[str]) -> list[Finding]:
+        """What the products tell without a gradient; `used` are the model's dtypes."""
+        return [
+            findings.symmetry(self.unsymmetric),
+            findings.linearity(self.nonlinear),
+            findings.precision(max(self.unsymmetric, self.nonlinear), used),
+        ]
+
+
+def _of_a_hessian(first: _FirstGradient, products: _FourProducts) -> tuple[list[Finding], int]:
+    """What can be checked with gradients, and how many of them it took."""
+    operator, space = first.operator, first.operator.space
+    value, gradient, hv = first.value, first.gradient, products.hv
+    # A gradient counts as zero beside what it becomes when the weights move by their own size.
+    large = max(space.norm(gradient), size(operator) * space.norm(hv)) or 1.0
+    anew = operator.value_and_gradient_at(None)[1]
+    moved = space.norm(anew - gradient) / large
+    now = _checksums(operator)
+    changed = [name for name, before in first.checksums.items() if now[name] != before]
+    repeated = findings.determinism(space.eps, products.again, moved)
+    found = [
+        repeated,
+        findings.finite_values(value, space.norm(gradient)),
+        findings.modes(operator),
+        findings.unchanged(changed, space.names),
+    ]
+    spent = first.gradients + 1
+    # Of what differs from call to call nothing else can be told.
+    if repeated.level in {"warning", "error"}:
+        return found, spent
+    if (operator.describe().get("batches") or 1) > 1:
+        found.append(_batch_order(operator, anew, large))
+        spent += 1
+    del anew
+    known = Product(products.v, hv, large, products.nonlinear)
+    compared, agreement = gradients.agreement(operator, known, gradient)
+    found += [
+        agreement,
+        gradients.gradient_of_the_loss(operator, gradient, value),
+        *gradients.parameters(operator, hv, gradient, value, compared),
+    ]
+    return found, spent + compared.gradients
+
+
+def _batch_order(operator: HessianOperator, gradient: Tensor, large: float) -> Finding:
+    space = operator.space
+    try:
+        with operator.objective.in_reverse():
+            backward = operator.value_and_gradient_at(None)[1]
+    except DataError as error:
+        return Finding("batch order", "note", f"not compared: {error}")
+    return findings.batch_order(space.eps, space.norm(backward - gradient) / large)
+
+
+def _checksums(operator: HessianOperator) -> dict[str, bytes]:
+    tensors = zip(operator.space.names, operator.objective.stored, strict=True)
+    return {name: checksums([tensor]) for name, tensor in tensors}
+
+
+def _timed(device: torch.device, product: Callable[[], T]) -> tuple[float, T]:
     start = time.perf_counter()
     result = product()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start, result
-
-
-def _gradient_seconds(operator: HessianOperator) -> float | None:
-    """Of an ordinary pass over the data."""
-    if operator.matvecs:
-        # Kept graphs would give it away for nothing.
-        return None
-    first, _ = _timed(operator.space.device, operator.gradient)
-    # What a process does for the first time is not counted where it is most of it.
-    return first if first > _SLOW else _timed(operator.space.device, operator.gradient)[0]
 
 
 def _forecast(
@@ -243,20 +371,9 @@ def _choices(described: dict[str, Any]) -> list[str]:
 
 
 def _advice(
-    operator: SymmetricOperator,
-    described: dict[str, Any],
-    forecasts: tuple[Forecast, ...],
-    seconds: float,
-    defect: float,
+    described: dict[str, Any], forecasts: tuple[Forecast, ...], seconds: float
 ) -> list[str]:
     advice = []
-    # Between random vectors noise of a product shows divided by √n.
-    if defect * math.sqrt(operator.space.n) > _NOISY:
-        advice.append(
-            "products are noisy or unsymmetric, by a share of "
-            f"{defect * math.sqrt(operator.space.n):.1g}: smaller eigenvalues, relative to the "
-            "norm, mean nothing. If the model is in half precision, use compute_dtype=torch.float32"
-        )
     graphs = described.get("graphs", {})
     if described.get("graph") == "auto" and graphs.get("retained", 0) < graphs.get("parts", 0):
         advice.append(

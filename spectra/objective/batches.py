@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,16 @@ from torch import Tensor
 
 from spectra.errors import ArgumentTypeError, DataError
 from spectra.objective.keeping import random_state_kept
+from spectra.objective.memory import free_bytes
 
-__all__ = ["leading_dimension", "map_tensors", "reiterable", "tensors_of", "to_device"]
+__all__ = [
+    "held_in_memory",
+    "leading_dimension",
+    "map_tensors",
+    "reiterable",
+    "tensors_of",
+    "to_device",
+]
 
 
 def reiterable(data: Any, *, hold_data: bool = False) -> Iterable[Any]:
@@ -42,6 +50,29 @@ def reiterable(data: Any, *, hold_data: bool = False) -> Iterable[Any]:
         )
         raise DataError(msg)
     return data
+
+
+def held_in_memory(data: Iterable[Any]) -> Sequence[Any]:
+    """All batches at once.
+
+    Raises
+    ------
+    DataError
+        They take more than half of the free memory.
+    """
+    if isinstance(data, list | tuple):
+        return data
+    room, batches = free_bytes(torch.device("cpu")) // 2, []
+    for batch in data:
+        batches.append(batch)
+        room -= sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(batch))
+        if room < 0:
+            msg = (
+                f"the first {len(batches)} batches take more than half of the free memory; "
+                "expected all of them to fit there, use fewer or smaller ones"
+            )
+            raise DataError(msg)
+    return batches
 
 
 def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:

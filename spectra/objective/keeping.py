@@ -1,4 +1,4 @@
-"""How is everything left as it was found: random states, buffers, requires_grad, hooks?"""
+"""How is everything left as it was found: random states, buffers, requires_grad, hooks, weights?"""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "buffers_kept",
     "checksums",
     "gradients_on",
+    "moved",
     "random_draws_refused",
     "random_state_kept",
     "requiring_grad",
@@ -139,6 +140,23 @@ def random_state_kept(data: Any = None) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+@contextlib.contextmanager
+def moved(parameters: list[Tensor], by: list[Tensor]) -> Iterator[None]:
+    """Let parameters hold themselves and something else together, on other memory.
+
+    Their own memory is not written to, so that they come back as they were to the last bit.
+    """
+    held = [parameter.data for parameter in parameters]
+    try:
+        for parameter, own, step in zip(parameters, held, by, strict=True):
+            # Through .data, which counts as no version: retained graphs stay valid.
+            parameter.data = own + step.to(own)
+        yield
+    finally:
+        for parameter, own in zip(parameters, held, strict=True):
+            parameter.data = own
 
 
 @contextlib.contextmanager

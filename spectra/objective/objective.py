@@ -29,6 +29,7 @@ from spectra.errors import (
     StochasticModelError,
 )
 from spectra.objective.batches import (
+    held_in_memory,
     leading_dimension,
     map_tensors,
     reiterable,
@@ -40,6 +41,7 @@ from spectra.objective.keeping import (
     buffers_kept,
     checksums,
     gradients_on,
+    moved,
     random_draws_refused,
     random_state_kept,
     requiring_grad,
@@ -125,6 +127,14 @@ class Objective(Protocol):
         """Within it losses may be evaluated and differentiated; nothing is left changed."""
         ...
 
+    def displaced(self, displacement: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Within it the parameters are those and a flat vector (n,) together."""
+        ...
+
+    def in_reverse(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the parts come in the opposite order."""
+        ...
+
     def named_parameters(self) -> NamedTensors:
         """The parameters, each with all of its names, first the one it has in `space`."""
         ...
@@ -208,6 +218,17 @@ class FunctionObjective:
         with gradients_on(), random_state_kept():
             yield
 
+    @contextlib.contextmanager
+    def displaced(self, displacement: Tensor) -> Iterator[None]:
+        """The function's arguments moved; the caller's memory is not written to."""
+        with moved(self.parameters, self.space.views(displacement)):
+            yield
+
+    @contextlib.contextmanager
+    def in_reverse(self) -> Iterator[None]:
+        """Nothing changes: there is a single part."""
+        yield
+
     def named_parameters(self) -> NamedTensors:
         """The tensors, one name each."""
         return [([n], t) for n, t in zip(self.space.names, self.parameters, strict=True)]
@@ -284,6 +305,7 @@ class ModelObjective:
         self.microbatch = microbatch
         self._data = reiterable(data, hold_data=hold_data)
         self._num_batches: int | None = None
+        self._reversed = False
         self._loss_head: str | None = None
         self._allow_training_mode = allow_training_mode
         self._compute_dtype = compute_dtype
@@ -307,8 +329,8 @@ class ModelObjective:
     def parts(self) -> Iterator[Part]:
         """Batches, or the microbatches they are split into, on the model's device."""
         count = 0
-        for index, batch in enumerate(self._data):
-            count = index + 1
+        for index, batch in self._numbered_batches():
+            count += 1
             label = f"batch {index}"
             moved = to_device(batch, self.space.device, self._compute_dtype)
             for place, piece in enumerate(self._split(moved, label)):
@@ -386,6 +408,21 @@ class ModelObjective:
                 )
                 raise LossError(msg)
 
+    @contextlib.contextmanager
+    def displaced(self, displacement: Tensor) -> Iterator[None]:
+        """The selected parameters moved, or what stands in for them; none is written to."""
+        with moved(self.parameters, self.space.views(displacement)):
+            yield
+
+    @contextlib.contextmanager
+    def in_reverse(self) -> Iterator[None]:
+        """Within it the batches come in the opposite order; they are all in memory then."""
+        self._reversed = True
+        try:
+            yield
+        finally:
+            self._reversed = False
+
     def named_parameters(self) -> NamedTensors:
         """The selected parameters; tied ones have several names."""
         chosen = {id(parameter) for parameter in self.stored}
@@ -460,6 +497,12 @@ class ModelObjective:
                 "change the objective; use model.eval() or leave microbatch out"
             )
             raise ArgumentError(msg)
+
+    def _numbered_batches(self) -> Iterable[tuple[int, Any]]:
+        """Each with the number that it has in the data, whatever their order."""
+        if not self._reversed:
+            return enumerate(self._data)
+        return reversed(list(enumerate(held_in_memory(self._data))))
 
     def _weight_of(self, batch: Any, label: str) -> float:
         if self.reduction == "sum":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -124,7 +125,9 @@ class HessianOperator(SymmetricOperator):
         allow_training_mode: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        def restricted_to(selection: Selection) -> Objective:
+        def restricted_to(
+            selection: Selection, computing_in: torch.dtype | None = None
+        ) -> Objective:
             return ModelObjective(
                 model,
                 loss,
@@ -134,8 +137,9 @@ class HessianOperator(SymmetricOperator):
                 weight=weight,
                 microbatch=microbatch,
                 allow_training_mode=allow_training_mode,
-                dtype=dtype,
-                compute_dtype=compute_dtype,
+                # In another dtype the vectors have that one, too.
+                dtype=computing_in or dtype,
+                compute_dtype=computing_in or compute_dtype,
             )
 
         batches = reiterable(data, hold_data=hold_data)
@@ -197,7 +201,7 @@ class HessianOperator(SymmetricOperator):
     def _set_up(
         self,
         objective: Objective,
-        restricted_to: Callable[[Selection], Objective],
+        restricted_to: Callable[..., Objective],
         options: dict[str, Any],
     ) -> None:
         self.objective = objective
@@ -221,6 +225,28 @@ class HessianOperator(SymmetricOperator):
         """L and its gradient in one pass over the data, or none where all graphs are kept."""
         return self._oracle.value_and_gradient()
 
+    def value_at(self, displacement: Tensor) -> float:
+        """L(θ + `displacement`), under the terms of `value_and_gradient_at`."""
+        self._check_tensor(displacement)
+        return self._oracle.value(displacement)
+
+    def value_and_gradient_at(self, displacement: Tensor | None) -> tuple[float, Tensor]:
+        """L and its gradient at θ + `displacement`, flat (n,), which costs one gradient.
+
+        The weights are left as they are, to the last bit. The loss is always evaluated anew, also
+        with None, at θ.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            Wrong shape, dtype or device.
+        LossError, NonFiniteError
+            The loss cannot be evaluated there.
+        """
+        if displacement is not None:
+            self._check_tensor(displacement)
+        return self._oracle.value_and_gradient_at(displacement)
+
     def block(self, params: Selection) -> HessianOperator:
         """The principal submatrix of the parameters that `params` selects among the present ones.
 
@@ -238,6 +264,24 @@ class HessianOperator(SymmetricOperator):
         objective = self._restricted_to(lambda name, _: name in kept)
         operator._set_up(objective, self._restricted_to, self._options)
         return operator
+
+    def computing_in(self, dtype: torch.dtype) -> HessianOperator | None:
+        """The same Hessian with a model that computes in another dtype, see `compute_dtype`.
+
+        None for an operator without a model.
+        """
+        if self.objective.model is None:
+            return None
+        kept = set(self.space.names)
+        restricted_to = functools.partial(self._restricted_to, computing_in=dtype)
+        objective = restricted_to(lambda name, _: name in kept)
+        operator = type(self).__new__(type(self))
+        operator._set_up(objective, restricted_to, {**self._options, "compute_dtype": dtype})
+        return operator
+
+    def operations(self) -> list[Any]:
+        """What the loss of the first batch is made of, as nodes of autograd's graph."""
+        return self._oracle.operations()
 
     def quadratic_forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """How each batch by itself curves along given directions: the spread of the data.

@@ -95,6 +95,21 @@ class HvpOracle:
                 self._gradient_graph(part, create_graph=False) for part in self.objective.parts()
             )
 
+    def value_and_gradient_at(self, displacement: Tensor | None) -> tuple[float, Tensor]:
+        """L and its gradient at θ + displacement, or at θ, in a pass of ordinary gradients.
+
+        Kept graphs are neither used nor dropped.
+        """
+
+        def evaluate() -> tuple[float, Tensor]:
+            with self._evaluating(displacement):
+                return self._summed(
+                    self._gradient_graph(part, create_graph=False)
+                    for part in self.objective.parts()
+                )
+
+        return self._in_the_memory_there_is(evaluate)
+
     def _summed(self, graphs: Iterable[GradientGraph]) -> tuple[float, Tensor]:
         space = self.objective.space
         value, total, depends = 0.0, 0.0, False
@@ -112,10 +127,10 @@ class HvpOracle:
         sum_.divide(normaliser)
         return value / normaliser, gradient
 
-    def value(self) -> float:
-        """L alone, without any derivative."""
+    def value(self, displacement: Tensor | None = None) -> float:
+        """L alone, without any derivative, at θ or beside it."""
         value, total = 0.0, 0.0
-        with self._evaluating(), torch.no_grad():
+        with self._evaluating(displacement), torch.no_grad():
             for part in self.objective.parts():
                 value += part.weight * float(self.objective.loss(part))
                 total += part.weight
@@ -250,13 +265,23 @@ class HvpOracle:
                     return part.label
         return None
 
+    def operations(self) -> list[Any]:
+        """The nodes of autograd in the loss of the first part; of a segment it is one node."""
+        with self._evaluating():
+            part = next(iter(self.objective.parts()))
+            return list(diagnose.graph_nodes([self._plan.loss(part)]))
+
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Within it losses are evaluated and differentiated."""
+    def _evaluating(self, displacement: Tensor | None = None) -> Iterator[None]:
+        """Within it losses are evaluated and differentiated, at θ or beside it."""
         kind = self.objective.space.device.type
         self._graphs.drop_outdated()
+        beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if displacement is not None:
+            beside = self.objective.displaced(displacement)
         with (
             self.objective.evaluating(),
+            beside,
             contextlib.nullcontext() if self._tf32 else full_float32(kind),
             # Around the backward too: what is recomputed runs forward passes there.
             self._attention.differentiable(),

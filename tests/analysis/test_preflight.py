@@ -16,10 +16,22 @@ def operator(dtype=torch.float64, **options):
     return spectra.HessianOperator(model, causal_lm(), data, **options)
 
 
-def test_it_measures_two_products_and_leaves_the_operator_warm():
+def test_it_costs_what_it_says_and_leaves_the_operator_warm(monkeypatch):
     H = operator()
+    gradients = []
+    evaluate = H._oracle._gradient_graph
+
+    def counted(part, *, create_graph=True):
+        gradients.append(create_graph)
+        return evaluate(part, create_graph=create_graph)
+
+    monkeypatch.setattr(H._oracle, "_gradient_graph", counted)
     found = check(H)
-    assert H.matvecs == 2
+    assert H.matvecs == found.matvecs == 4
+    # Of two batches each.
+    assert gradients.count(False) == 2 * found.gradients
+    assert found.gradients == 6
+    assert f"{found.matvecs} matvecs and {found.gradients} gradients" in str(found)
     assert found.n == H.shape[0]
     assert min(found.first_seconds, found.seconds, found.gradient_seconds) > 0
     assert found.peak_bytes is None or found.peak_bytes >= 0
@@ -55,18 +67,22 @@ def test_small_and_foreign_operators_can_be_asked_about():
     assert "eigsh(H, k=10)" not in str(found)
 
 
-def test_an_unsymmetric_operator_is_said_to_be():
+def test_findings_come_as_a_table_with_place_and_remedy():
     from scipy.sparse.linalg import LinearOperator
 
     matrix = np.random.default_rng(0).standard_normal((50, 50))
     found = check(LinearOperator((50, 50), matvec=lambda x: matrix @ x, dtype=np.float64))
-    assert "noisy or unsymmetric" in found.advice[0]
+    lines = str(found).splitlines()
+    assert lines[0].startswith("error   symmetry")
+    assert lines[1].split()[0] == "remedy:"
+    assert lines[2].startswith("ok      linearity")
+    assert not found.ok
+    assert [f.check for f in found.problems] == ["symmetry"]
 
 
-def test_half_precision_is_advised_to_compute_in_another():
-    assert "compute_dtype" in check(operator(torch.bfloat16)).advice[0]
+def test_half_precision_computed_in_another_is_said():
     casted = check(operator(torch.bfloat16, compute_dtype=torch.float32))
-    assert not any("noisy" in advice for advice in casted.advice)
+    assert casted.ok
     assert "compute dtype: float32" in str(casted)
 
 
@@ -101,6 +117,7 @@ def test_it_is_saved_and_loaded(tmp_path):
     found = check(operator())
     again = spectra.load(found.save(tmp_path / "preflight"))
     assert str(again) == str(found)
+    assert [f.measured for f in again.findings] == [f.measured for f in found.findings]
 
 
 def test_an_operator_that_cannot_be_multiplied_raises_what_a_product_raises():
