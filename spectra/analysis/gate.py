@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Literal, get_args
 
 from spectra.analysis.budget import Ledger
 from spectra.analysis.preflight import Preflight, check
 from spectra.errors import ArgumentError, PreflightError
+from spectra.journal import remember
 from spectra.operators.base import SymmetricOperator
 from spectra.operators.hessian import HessianOperator
 
@@ -47,9 +49,17 @@ def checked_before(
     """
     if preflight == "off":
         return []
-    if preflight == "warn" and not ledger.timed("preflight", lambda: _long(ledger, operator)):
+    # A run that is resumed has been checked, and its clock would tell another length.
+    decide = functools.partial(_concerns, ledger, operator, preflight, seed)
+    return ledger.timed("preflight", lambda: remember("preflight", decide))
+
+
+def _concerns(
+    ledger: Ledger, operator: SymmetricOperator, preflight: Strictness, seed: int
+) -> list[str]:
+    if preflight == "warn" and not _long(ledger, operator):
         return []
-    found = ledger.timed("preflight", lambda: check(operator, seed=seed))
+    found = check(operator, seed=seed)
     if preflight == "strict" and not found.ok:
         raise _refusal(found)
     return [f"preflight: {finding.in_words()}" for finding in found.problems]
