@@ -507,3 +507,33 @@ def test_a_clock_that_jumps_changes_nothing(H, path, monkeypatch):
     H.left = 10**9
     monkeypatch.setattr(time, "time", lambda: -1e9)
     assert identical(spectra.eigsh(H, k=4, checkpoint=path), whole)
+
+
+def test_checks_before_a_run_are_not_repeated(path):
+    loss = spectra.losses.supervised(nn.CrossEntropyLoss())
+    options = {"k": 3, "steps": 8, "max_matvecs": 20, "preflight": "strict"}
+    model, data = network()
+    whole = spectra.analyze(spectra.HessianOperator(model, loss, data), **options)
+    assert whole.matvecs["preflight"] == 4
+    H = spectra.HessianOperator(model, loss, data)
+    compute, count = H._products, iter(range(10**6))
+
+    def products(rows):
+        if next(count) == 30:
+            raise Death
+        return compute(rows)
+
+    H._products = products
+    with pytest.raises(Death):
+        spectra.analyze(H, **options, checkpoint=path)
+    again = spectra.HessianOperator(model, loss, data)
+    computed, compute_again = [], again._products
+
+    def counted(rows):
+        computed.append(len(rows))
+        return compute_again(rows)
+
+    again._products = counted
+    assert identical(spectra.analyze(again, **options, checkpoint=path), whole)
+    # The first one is compared; the thirty before are not computed again.
+    assert sum(computed) == whole.total_matvecs - 30 + 1
