@@ -31,6 +31,7 @@ class GradientGraph:
     def __init__(self, part: Part, loss: Tensor, gradients: tuple[Tensor | None, ...]) -> None:
         self.part = part
         self.loss = loss
+        self.value = float(loss.detach())
         self.gradients = gradients
         self.kept = False
         """Whether it outlives the pass in which it was built."""
@@ -85,9 +86,9 @@ class Graphs:
         self._bytes = 0
         self._state: Any = None
 
-    def drop_outdated(self) -> None:
+    def drop_outdated(self, state: Any) -> None:
         """Free the kept graphs if anything has changed since. Where nothing stands in for it."""
-        if self._kept and self._state != self._objective.state():
+        if self._kept and self._state != state:
             self.release()
 
     def all_kept(self) -> list[GradientGraph] | None:

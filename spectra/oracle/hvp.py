@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from spectra.oracle import diagnose
 from spectra.oracle.attention import Attention
 from spectra.oracle.compiled import Compiler
 from spectra.oracle.graphs import GradientGraph, GraphPolicy, Graphs
+from spectra.oracle.passes import Tally, Values
 from spectra.oracle.planning import Plan, PlanChangedError
 from spectra.oracle.precision import autocast_off, full_float32
 from spectra.oracle.recompute import UnsuitableSegmentError
@@ -33,6 +35,10 @@ from spectra.oracle.segments import Recompute
 __all__ = ["HvpOracle"]
 
 T = TypeVar("T")
+
+# A pass changes what all threads share, and puts it back: random state, `requires_grad` and modules
+# of models, the attention operator.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class HvpOracle:
@@ -80,6 +86,9 @@ class HvpOracle:
         self._compiler = Compiler() if compile else None
         self._attention = Attention(objective.model)
         self._checked = False
+        self._values = Values(objective)
+        # Of the objective, as it was found before the pass.
+        self._state: Any = None
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L and its gradient, flat (n,): from kept graphs, or in a pass of ordinary gradients."""
@@ -97,29 +106,25 @@ class HvpOracle:
 
     def _summed(self, graphs: Iterable[GradientGraph]) -> tuple[float, Tensor]:
         space = self.objective.space
-        value, total, depends = 0.0, 0.0, False
+        tally = Tally()
         # In here: a tensor made under inference_mode could not be changed outside of it.
         gradient = space.empty()
         sum_ = _WeightedSum(gradient, space.views(gradient))
         for graph in graphs:
-            weight = graph.part.weight
-            sum_.add(graph.gradients, weight)
-            value += weight * float(graph.loss.detach())
-            total += weight
-            depends = depends or graph.depends
-        normaliser = self.objective.normaliser(total)
-        self._require_dependence(depends)
+            sum_.add(graph.gradients, graph.part.weight)
+            tally.add(graph.part, graph.value, depends=graph.depends)
+        normaliser = self._normaliser(tally)
         sum_.divide(normaliser)
-        return value / normaliser, gradient
+        return tally.value / normaliser, gradient
 
     def value(self) -> float:
         """L alone, without any derivative."""
-        value, total = 0.0, 0.0
+        tally = Tally()
         with self._evaluating(), torch.no_grad():
             for part in self.objective.parts():
-                value += part.weight * float(self.objective.loss(part))
-                total += part.weight
-        return value / self.objective.normaliser(total)
+                # On what it depends only a derivative shows.
+                tally.add(part, float(self.objective.loss(part)), depends=True)
+            return tally.value / self._normaliser(tally)
 
     def products(self, vectors: Tensor) -> Tensor:
         """H times each row of `vectors` (k, n), as rows (k, n).
@@ -171,7 +176,7 @@ class HvpOracle:
     def _multiplied(self, vectors: Tensor) -> Tensor:
         space = self.objective.space
         directions = [space.views(row) for row in vectors]
-        total, depends = 0.0, False
+        tally = Tally()
         with self._pass() as graphs:
             # In here: a tensor made under inference_mode could not be changed outside of it.
             out = space.empty(len(vectors))
@@ -181,10 +186,8 @@ class HvpOracle:
                     keep = kept or i + 1 < len(directions)
                     products = self._second_derivative(graph, direction, keep_graph=keep)
                     sum_.add(products, graph.part.weight)
-                total += graph.part.weight
-                depends = depends or graph.depends
-        normaliser = self.objective.normaliser(total)
-        self._require_dependence(depends)
+                tally.add(graph.part, graph.value, depends=graph.depends)
+            normaliser = self._normaliser(tally)
         self._checked = True
         for sum_ in sums:
             sum_.divide(normaliser)
@@ -209,7 +212,7 @@ class HvpOracle:
     def _forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
         space = self.objective.space
         directions = [space.views(row) for row in vectors]
-        weights, forms, depends = [], [], False
+        weights, forms, tally = [], [], Tally()
         with self._pass() as graphs:
             product = space.empty()
             views = space.views(product)
@@ -222,14 +225,16 @@ class HvpOracle:
                     row.append(space.inner(vectors[i], product))
                 weights.append(graph.part.weight)
                 forms.append(row)
-                depends = depends or graph.depends
-        self._require_dependence(depends)
+                tally.add(graph.part, graph.value, depends=graph.depends)
+            self._normaliser(tally)
         self._checked = True
         return np.array(weights), np.array(forms)
 
     def release(self) -> None:
         """Free the kept graphs; the next product builds them again."""
-        self._graphs.release()
+        with _ONE_AT_A_TIME:
+            self._graphs.release()
+            self._values.forget()
 
     def describe(self) -> dict[str, Any]:
         """What was chosen to be kept and computed again, for the provenance of results."""
@@ -254,8 +259,11 @@ class HvpOracle:
     def _evaluating(self) -> Iterator[None]:
         """Within it losses are evaluated and differentiated."""
         kind = self.objective.space.device.type
-        self._graphs.drop_outdated()
         with (
+            _ONE_AT_A_TIME,
+            self._state_noted(),
+            # A loss that is to be computed under autocast enters it by itself.
+            autocast_off(kind),
             self.objective.evaluating(),
             contextlib.nullcontext() if self._tf32 else full_float32(kind),
             # Around the backward too: what is recomputed runs forward passes there.
@@ -265,10 +273,24 @@ class HvpOracle:
             yield
 
     @contextlib.contextmanager
+    def _state_noted(self) -> Iterator[None]:
+        self._state = self.objective.state()
+        self._graphs.drop_outdated(self._state)
+        yield
+
+    @contextlib.contextmanager
     def _pass(self) -> Iterator[Iterator[tuple[GradientGraph, bool]]]:
-        with self._evaluating():
-            yield self._graphs.each()
-        self._graphs.settle()
+        with _ONE_AT_A_TIME:
+            with self._evaluating():
+                yield self._graphs.each()
+            self._graphs.settle()
+
+    def _normaliser(self, tally: Tally) -> float:
+        """What the sums of a pass are divided by, once it is clear that they are good."""
+        normaliser = self.objective.normaliser(tally.weight)
+        self._require_dependence(tally.depends)
+        self._values.compare(self._state, tally)
+        return normaliser
 
     def _gradient_graph(self, part: Part, *, create_graph: bool = True) -> GradientGraph:
         loss = self._plan.loss(part)
