@@ -29,6 +29,7 @@ from spectra.errors import (
     StochasticModelError,
 )
 from spectra.objective.batches import (
+    batches_of,
     leading_dimension,
     map_tensors,
     reiterable,
@@ -173,6 +174,9 @@ class FunctionObjective:
         self._function = function
         self._name = getattr(function, "__qualname__", type(function).__name__)
         self.function_name = f"the function {self._name}"
+        if not any(tensor.numel() for tensor in tensors):
+            msg = "the tensors to differentiate by have no entries: all are of size 0"
+            raise ArgumentError(msg)
         # Tensors that the function reads besides its arguments: their changes count as changes.
         self._watched = list(watched)
         # Fresh leaves on the caller's memory: later in-place changes are seen, and the caller's own
@@ -242,7 +246,8 @@ class ModelObjective:
             )
             raise ArgumentTypeError(msg)
         if isinstance(loss, type) or not callable(loss):
-            msg = f"expected a function loss(model, batch) -> scalar, got {loss!r}"
+            what = repr(loss) if isinstance(loss, str | type) else f"a {type(loss).__name__}"
+            msg = f"expected a function loss(model, batch) -> scalar, got {what}"
             raise ArgumentTypeError(msg)
         if isinstance(loss, nn.modules.loss._Loss):
             msg = (
@@ -291,10 +296,10 @@ class ModelObjective:
     def parts(self) -> Iterator[Part]:
         """Batches, or the microbatches they are split into, on the model's device."""
         count = 0
-        for index, batch in enumerate(self._data):
+        for index, batch in enumerate(batches_of(self._data)):
             count = index + 1
             label = f"batch {index}"
-            moved = to_device(batch, self.space.device, self._compute_dtype)
+            moved = to_device(batch, label, self.space.device, self._compute_dtype)
             for place, piece in enumerate(self._split(moved, label)):
                 name = label if self.microbatch is None else f"{label}, microbatch {place}"
                 weight = self._weight_of(piece, name)
@@ -350,19 +355,27 @@ class ModelObjective:
     def evaluating(self) -> Iterator[None]:
         """Exactly the selected parameters require a gradient; everything is put back after."""
         self._check_mode()
-        before = [parameter._version for parameter in self.model.parameters()]
+        before = _counted(self.model.parameters())
+        batches = _counted(self._batches_at_hand())
         with (
             gradients_on(),
             random_state_kept(self._data),
             buffers_kept(self.model),
             requiring_grad(self.model, self.stored),
-            without_hooks(self.stored),
+            without_hooks(self.stored, self.model),
         ):
             # A loader that shuffles, and perhaps drops the rest, gives every pass the same batches.
             seed_generators(self.space.device, ())
             yield
-        for (name, parameter), version in zip(self.model.named_parameters(), before, strict=True):
-            if parameter._version != version:
+        if _counted(self._batches_at_hand()) != batches:
+            msg = (
+                f"evaluating {self.function_name} changed a tensor of the data in place, so that "
+                "the next pass would read other numbers; let it work on a copy"
+            )
+            raise LossError(msg)
+        after = _counted(self.model.parameters())
+        for (name, _), was, now in zip(self.model.named_parameters(), before, after, strict=True):
+            if now != was:
                 msg = (
                     f"evaluating {self.function_name} changed parameter {name!r} in place (as a "
                     "clamp in forward() does, or an embedding with max_norm), so its derivatives "
@@ -379,9 +392,7 @@ class ModelObjective:
         """Versions and checksums of parameters and buffers, modes of modules, a list's batches."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         modes = tuple(module.training for module in self.model.modules())
-        # Other iterables would have to be read; a list is what gets changed in place.
-        batches = tensors_of(self._data) if isinstance(self._data, list | tuple) else []
-        return versions(tensors), checksums(tensors), modes, versions(batches)
+        return versions(tensors), checksums(tensors), modes, versions(self._batches_at_hand())
 
     def describe(self) -> dict[str, Any]:
         """The model, loss and data by name and size; under "notes" what is to be known of them."""
@@ -400,6 +411,13 @@ class ModelObjective:
         if routers := discontinuous_modules(self.model):
             description["notes"] = [_routing_note(routers)]
         return description
+
+    def _batches_at_hand(self) -> list[Tensor]:
+        """The tensors of a list of batches, which can be changed in place.
+
+        Other iterables would have to be read.
+        """
+        return tensors_of(self._data) if isinstance(self._data, list | tuple) else []
 
     def _check_mode(self) -> None:
         problems = stochastic_modules(self.model)
@@ -475,6 +493,12 @@ def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
     if not value.is_floating_point():
         msg = f"the loss of {part.label} has dtype {value.dtype}, expected a real floating dtype"
         raise LossError(msg)
+    if value.device.type == "meta":
+        msg = f"the loss of {part.label} is on the meta device, without a number"
+        raise LossError(msg)
+    if value.layout != torch.strided:
+        msg = f"the loss of {part.label} is stored as {value.layout}, expected a dense scalar"
+        raise LossError(msg)
     if not bool(torch.isfinite(value)):
         msg = (
             f"the loss of {part.label} is {float(value.detach())}. Look for nan in the weights or "
@@ -482,6 +506,11 @@ def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
         )
         raise NonFiniteError(msg)
     return value.reshape(())
+
+
+def _counted(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each tensor was changed, as autograd counts."""
+    return [version for version, _ in versions(tensors)]
 
 
 def _cure(message: str) -> str:
