@@ -478,6 +478,9 @@ def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
             raise
         msg = f"the loss raised {type(error).__name__} on {part.label}: {error}"
         raise LossError(msg + _cure(str(error))) from error
+    if value is None:
+        msg = f"the loss of {part.label} is None; return it"
+        raise LossError(msg)
     if not isinstance(value, Tensor):
         msg = (
             f"the loss of {part.label} is a {type(value).__name__}, not a tensor; leave out "

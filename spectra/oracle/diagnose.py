@@ -51,6 +51,7 @@ _REMEDIES = (
     ("grouped_mm", "use experts of elementary operations (experts_implementation='eager')"),
     ("cudnn_rnn", "wrap the loss in torch.backends.cudnn.flags(enabled=False)"),
     ("inplace operation", "do not overwrite what a derivative needs (inplace=False)"),
+    ("was compiled with", "pass the model before compilation (model._orig_mod)"),
     ("torch.compile", "pass the model before compilation (model._orig_mod)"),
     ("aot_autograd", "pass the model before compilation (model._orig_mod)"),
     (
