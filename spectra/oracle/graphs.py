@@ -57,8 +57,6 @@ class Graphs:
     ----------
     objective
         Whose parts they are.
-    build
-        Makes the graph of a part.
     policy
         "retained" keeps all, "fresh" none, "auto" the first ones up to `memory_budget`.
     memory_budget
@@ -71,7 +69,6 @@ class Graphs:
     def __init__(
         self,
         objective: Objective,
-        build: Callable[[Part], GradientGraph],
         policy: GraphPolicy,
         memory_budget: int | None,
     ) -> None:
@@ -79,7 +76,6 @@ class Graphs:
         self.policy = policy
         self.memory_budget = memory_budget
         self._objective = objective
-        self._build = build
         self._fallback: str | None = None
         self._parts: int | None = None
         self._kept: dict[int, GradientGraph] = {}
@@ -97,8 +93,8 @@ class Graphs:
             return None
         return list(self._kept.values())
 
-    def each(self) -> Iterator[tuple[GradientGraph, bool]]:
-        """The graph of every part in order, and whether it outlives its turn."""
+    def each(self, build: Callable[[Part], GradientGraph]) -> Iterator[tuple[GradientGraph, bool]]:
+        """The graph of every part in order, built if need be, and whether it outlives its turn."""
         complete = self.all_kept()
         if complete is not None:
             for graph in complete:
@@ -115,7 +111,7 @@ class Graphs:
                 graph = self._kept[place]
             else:
                 room.start_one()
-                graph = self._build(part)
+                graph = build(part)
                 # Undecided until it is seen what the work on it takes.
                 keep = self.policy != "fresh" and not decided
             yield graph, keep

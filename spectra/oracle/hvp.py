@@ -78,7 +78,7 @@ class HvpOracle:
         if compile and graph == "fresh":
             msg = "compile=True compiles products on kept graphs, but graph='fresh' keeps none"
             raise ArgumentError(msg)
-        self._graphs = Graphs(objective, self._gradient_graph, graph, memory_budget)
+        self._graphs = Graphs(objective, graph, memory_budget)
         diagnose.refuse_bad_modules(objective.model)
         self._plan = Plan(objective, recompute, memory_budget, compute_dtype)
         self.objective = objective
@@ -282,7 +282,7 @@ class HvpOracle:
     def _pass(self) -> Iterator[Iterator[tuple[GradientGraph, bool]]]:
         with _ONE_AT_A_TIME:
             with self._evaluating():
-                yield self._graphs.each()
+                yield self._graphs.each(self._gradient_graph)
             self._graphs.settle()
 
     def _normaliser(self, tally: Tally) -> float:
