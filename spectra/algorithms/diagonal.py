@@ -364,7 +364,7 @@ def _known_pairs(operator: SymmetricOperator, pairs: Eigenpairs) -> _Known:
 
 def _signs(space: VectorSpace, generator: torch.Generator) -> Tensor:
     """Random signs (n,) as bytes, drawn on the CPU: the same on every device."""
-    bits = torch.randint(0, 2, (space.n,), generator=generator, dtype=torch.int8)
+    bits = torch.randint(0, 2, (space.n,), generator=generator, dtype=torch.int8, device="cpu")
     return bits.mul_(2).sub_(1).to(space.device)
 
 

@@ -64,12 +64,14 @@ def seeded(seed: int) -> torch.Generator:
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
         msg = f"seed={seed!r}; expected an integer >= 0 (and below 2**64)"
         raise ArgumentError(msg)
-    return torch.Generator().manual_seed(int(seed))
+    return torch.Generator("cpu").manual_seed(int(seed))
 
 
 def gaussian(space: VectorSpace, generator: torch.Generator) -> Tensor:
     """A vector (n,) of independent standard normal entries."""
-    return torch.randn(space.n, generator=generator, dtype=space.dtype).to(space.device)
+    # The program's default device may be another one than the generator's.
+    entries = torch.randn(space.n, generator=generator, dtype=space.dtype, device="cpu")
+    return entries.to(space.device)
 
 
 def sphere(

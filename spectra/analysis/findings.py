@@ -98,7 +98,7 @@ def symmetry(noise: float) -> Finding:
         "error",
         f"{message}: the operator is unsymmetric or random, and its spectrum is not a Hessian's",
         remedy="a second derivative is wrong or cut off (a custom backward, .detach(), a hook on a "
-        "module, a straight-through estimator), or the operator is no Hessian",
+        "tensor, a straight-through estimator), or the operator is no Hessian",
         measured=noise,
         limit=_NO_DIGITS,
     )

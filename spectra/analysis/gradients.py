@@ -80,7 +80,7 @@ def _disagreement(
         message += f"; in {len(bad)} of {len(space.names)} parameters by up to {worst:.1g}"
         remedy = (
             "a second derivative is wrong (a custom backward with NumPy or .data, a hook on a "
-            "module, a probability that saturates), or a value is detached, which moves in a "
+            "tensor, a probability that saturates), or a value is detached, which moves in a "
             "difference and not in a derivative; H is right where steps only meet kinks (ReLU, "
             "max), choices (routing, rounding) or parts in lower precision"
         )
@@ -125,7 +125,7 @@ def gradient_of_the_loss(operator: HessianOperator, gradient: Tensor, value: flo
         f"it differs from the derivative of the loss, along it, by {best:.1g}; H is the derivative "
         "of this gradient",
         remedy="that is meant with a straight-through estimator or a target that is held fixed; "
-        "else look for .detach(), hooks on modules and custom backward functions"
+        "else look for .detach(), hooks on tensors and custom backward functions"
         + _look_first(_suspects(operator)),
         measured=best,
         limit=_LIMIT,
@@ -218,12 +218,8 @@ def _routers(operator: HessianOperator) -> list[str]:
 
 
 def _suspects(operator: HessianOperator) -> list[str]:
-    """What could get a derivative wrong: custom functions, hooks, a loss of probabilities."""
-    model, found = operator.objective.model, list(dict.fromkeys(_custom_functions(operator)))
-    for name, module in model.named_modules() if model is not None else ():
-        if module._backward_hooks or module._backward_pre_hooks:
-            found.append(f"the backward hook on module {name!r}")
-    return found
+    """What could get a derivative wrong: custom functions, a loss of probabilities."""
+    return list(dict.fromkeys(_custom_functions(operator)))
 
 
 def _custom_functions(operator: HessianOperator) -> Iterator[str]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectra.errors import ArgumentTypeError, DataError
+from spectra.errors import ArgumentTypeError, DataError, SpectraError
 from spectra.objective.keeping import random_state_kept
-from spectra.objective.memory import free_bytes
+from spectra.objective.memory import free_bytes, memory_ran_out
 
 __all__ = [
+    "batches_of",
     "held_in_memory",
     "leading_dimension",
     "map_tensors",
@@ -35,12 +39,12 @@ def reiterable(data: Any, *, hold_data: bool = False) -> Iterable[Any]:
     if isinstance(data, Tensor | str | Mapping) or not isinstance(data, Iterable):
         msg = (
             f"data is a {type(data).__name__}, expected an iterable of batches; for a single "
-            "batch pass a list of one, [batch]"
+            "batch pass a list of one, [batch], for a dataset a DataLoader"
         )
         raise ArgumentTypeError(msg)
     if hold_data:
         with random_state_kept(data):
-            return list(data)
+            return list(batches_of(data))
     # Asking for iter(data) instead would start a DataLoader, which draws from the global generator.
     if isinstance(data, Iterator):
         msg = (
@@ -63,7 +67,7 @@ def held_in_memory(data: Iterable[Any]) -> Sequence[Any]:
     if isinstance(data, list | tuple):
         return data
     room, batches = free_bytes(torch.device("cpu")) // 2, []
-    for batch in data:
+    for batch in batches_of(data):
         batches.append(batch)
         room -= sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(batch))
         if room < 0:
@@ -75,6 +79,32 @@ def held_in_memory(data: Iterable[Any]) -> Sequence[Any]:
     return batches
 
 
+def batches_of(data: Iterable[Any]) -> Iterator[Any]:
+    """The batches of one pass.
+
+    Raises
+    ------
+    DataError
+        Reading one of them raised something; its number is named.
+    """
+    batches, read = None, 0
+    while True:
+        try:
+            batches = iter(data) if batches is None else batches
+            batch = next(batches)
+        except StopIteration:
+            return
+        except SpectraError:
+            raise
+        except Exception as error:
+            if memory_ran_out(error):
+                raise
+            msg = f"reading batch {read} of the data raised {type(error).__name__}: {error}"
+            raise DataError(msg) from error
+        read += 1
+        yield batch
+
+
 def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The batch with `change` applied to every tensor in it."""
     if isinstance(batch, Tensor):
@@ -83,9 +113,26 @@ def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return type(batch)(*(map_tensors(item, change) for item in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(map_tensors(item, change) for item in batch)
+    if isinstance(batch, dict | UserDict):
+        # Of its own kind: what a tokenizer returns is read by attributes, too.
+        changed = copy.copy(batch)
+        for key, value in batch.items():
+            changed[key] = map_tensors(value, change)
+        return changed
     if isinstance(batch, Mapping):
         return {key: map_tensors(value, change) for key, value in batch.items()}
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return _with_fields(batch, lambda value: map_tensors(value, change))
     return batch
+
+
+def _with_fields(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """A dataclass with its fields changed; also a frozen one."""
+    changed = copy.copy(batch)
+    for field in dataclasses.fields(batch):
+        if hasattr(batch, field.name):
+            object.__setattr__(changed, field.name, change(getattr(batch, field.name)))
+    return changed
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
@@ -100,13 +147,32 @@ def tensors_of(batch: Any) -> list[Tensor]:
     return tensors
 
 
-def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+def to_device(
+    batch: Any, label: str, device: torch.device, dtype: torch.dtype | None = None
+) -> Any:
     """The batch with its tensors on a device, ready to be differentiated through.
 
     Floating ones in `dtype` at least, if it is given.
+
+    Raises
+    ------
+    DataError
+        A tensor has no numbers, or a history.
     """
 
     def moved(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "meta" and device.type != "meta":
+            msg = f"{label} holds a tensor on the meta device, without numbers; load the data first"
+            raise DataError(msg)
+        if tensor.grad_fn is not None:
+            # It may lead to the parameters, and there is no telling whether it is meant to.
+            msg = (
+                f"{label} holds a tensor that was computed with gradients on "
+                f"({tensor.grad_fn.name()}): derivatives would go on into how it came about. "
+                "Compute the data under torch.no_grad(), or .detach() them; what depends on the "
+                "parameters belongs into the loss"
+            )
+            raise DataError(msg)
         # A tensor made under inference_mode cannot enter a graph; its clone can.
         tensor = (tensor.clone() if tensor.is_inference() else tensor).to(device)
         if dtype is None or not tensor.is_floating_point():

@@ -84,9 +84,10 @@ def checksums(tensors: Iterable[Tensor]) -> bytes:
     small: dict[torch.device, list[Tensor]] = {}
     sums: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.layout != torch.strided:
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
             continue
         flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        flat = flat.int_repr() if flat.is_quantized else flat
         flat = flat.detach().reshape(-1)
         if len(flat) <= _PIECE:
             small.setdefault(flat.device, []).append(flat.float())
@@ -166,7 +167,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
         (module, name, buffer, buffer._version, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        if buffer is not None and buffer.device.type != "meta"
     ]
     try:
         yield
@@ -199,9 +200,10 @@ def requiring_grad(model: nn.Module, chosen: list[Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_hooks(parameters: list[Tensor]) -> Iterator[None]:
-    """Take the hooks off some parameters: they log gradients, or change them without a trace."""
+def without_hooks(parameters: list[Tensor], model: nn.Module) -> Iterator[None]:
+    """Take off what hooks into backward passes: it logs gradients, or changes them silently."""
     hooks = [p._backward_hooks for p in parameters if p._backward_hooks]
+    hooks += [registered for registered in _module_hooks(model) if registered]
     kept = [dict(registered) for registered in hooks]
     try:
         for registered in hooks:
@@ -210,3 +212,13 @@ def without_hooks(parameters: list[Tensor]) -> Iterator[None]:
     finally:
         for registered, functions in zip(hooks, kept, strict=True):
             registered.update(functions)
+
+
+def _module_hooks(model: nn.Module) -> Iterator[dict[int, Any]]:
+    """The backward hooks of a model's modules, and those registered for all modules."""
+    everywhere = nn.modules.module
+    yield everywhere._global_backward_hooks
+    yield everywhere._global_backward_pre_hooks
+    for module in model.modules():
+        yield module._backward_hooks
+        yield module._backward_pre_hooks

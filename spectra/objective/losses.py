@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectra.errors import ArgumentError, ArgumentTypeError, DataError
+from spectra.objective.batches import tensors_of
 from spectra.objective.cross_entropy import linear_cross_entropy
 from spectra.objective.heads import token_cross_entropy
 
@@ -287,7 +288,7 @@ def number_of_samples(batch: Any) -> float:
     """
     if batch is None:
         return 1.0
-    tensor = _first_tensor(batch)
+    tensor = next(iter(tensors_of(batch)), None)
     if tensor is None:
         msg = (
             f"cannot tell how many samples a {type(batch).__name__} holds, because there is no "
@@ -295,19 +296,6 @@ def number_of_samples(batch: Any) -> float:
         )
         raise DataError(msg)
     return float(tensor.shape[0]) if tensor.dim() else 1.0
-
-
-def _first_tensor(batch: Any) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, list | tuple):
-        for item in batch:
-            found = _first_tensor(item)
-            if found is not None:
-                return found
-    return None
 
 
 def _class_weight(targets: Tensor, ignore_index: int, class_weights: Tensor | None) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -192,7 +193,13 @@ def _return_freed_memory() -> None:
     """Let the system have what was freed: the C library keeps it, and it would pass for held."""
     # Other C libraries than glibc have no such function.
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+        _c_library().malloc_trim(0)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    # Once: every such object is a cycle of references.
+    return ctypes.CDLL(None)
 
 
 def _lines(path: Path) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 __all__ = ["discontinuous_modules", "stochastic_modules"]
 
@@ -32,6 +34,9 @@ def stochastic_modules(model: nn.Module) -> list[tuple[str, str, bool]]:
         elif isinstance(module, _INSTANCE_NORMS) and module.track_running_stats:
             why = f"({kind}) is in training mode: it changes its statistics"
             found.append((name, why, False))
+        elif _iterates_spectral_norm(module):
+            why = f"({kind}) is in training mode: every call takes a step to its spectral norm"
+            found.append((name, why, False))
     return found
 
 
@@ -58,6 +63,14 @@ def discontinuous_modules(model: nn.Module) -> list[tuple[str, str]]:
         for name, what in found
         if not any(other.startswith(f"{name}.") for other, _ in found)
     ]
+
+
+def _iterates_spectral_norm(module: nn.Module) -> bool:
+    """Whether a module is PyTorch's spectral norm, or has the older one as a hook."""
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, parametrizations._SpectralNorm) or any(
+        isinstance(hook, SpectralNorm) for hook in hooks
+    )
 
 
 def _drop_rate(module: nn.Module) -> float:

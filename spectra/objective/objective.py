@@ -29,6 +29,7 @@ from spectra.errors import (
     StochasticModelError,
 )
 from spectra.objective.batches import (
+    batches_of,
     held_in_memory,
     leading_dimension,
     map_tensors,
@@ -188,6 +189,9 @@ class FunctionObjective:
         self._function = function
         self._name = getattr(function, "__qualname__", type(function).__name__)
         self.function_name = f"the function {self._name}"
+        if not any(tensor.numel() for tensor in tensors):
+            msg = "the tensors to differentiate by have no entries: all are of size 0"
+            raise ArgumentError(msg)
         # Tensors that the function reads besides its arguments: their changes count as changes.
         self._watched = list(watched)
         # Fresh leaves on the caller's memory: later in-place changes are seen, and the caller's own
@@ -279,7 +283,8 @@ class ModelObjective:
             )
             raise ArgumentTypeError(msg)
         if isinstance(loss, type) or not callable(loss):
-            msg = f"expected a function loss(model, batch) -> scalar, got {loss!r}"
+            what = repr(loss) if isinstance(loss, str | type) else f"a {type(loss).__name__}"
+            msg = f"expected a function loss(model, batch) -> scalar, got {what}"
             raise ArgumentTypeError(msg)
         if isinstance(loss, nn.modules.loss._Loss):
             msg = (
@@ -332,7 +337,7 @@ class ModelObjective:
         for index, batch in self._numbered_batches():
             count += 1
             label = f"batch {index}"
-            moved = to_device(batch, self.space.device, self._compute_dtype)
+            moved = to_device(batch, label, self.space.device, self._compute_dtype)
             for place, piece in enumerate(self._split(moved, label)):
                 name = label if self.microbatch is None else f"{label}, microbatch {place}"
                 weight = self._weight_of(piece, name)
@@ -388,19 +393,27 @@ class ModelObjective:
     def evaluating(self) -> Iterator[None]:
         """Exactly the selected parameters require a gradient; everything is put back after."""
         self._check_mode()
-        before = [parameter._version for parameter in self.model.parameters()]
+        before = _counted(self.model.parameters())
+        batches = _counted(self._batches_at_hand())
         with (
             gradients_on(),
             random_state_kept(self._data),
             buffers_kept(self.model),
             requiring_grad(self.model, self.stored),
-            without_hooks(self.stored),
+            without_hooks(self.stored, self.model),
         ):
             # A loader that shuffles, and perhaps drops the rest, gives every pass the same batches.
             seed_generators(self.space.device, ())
             yield
-        for (name, parameter), version in zip(self.model.named_parameters(), before, strict=True):
-            if parameter._version != version:
+        if _counted(self._batches_at_hand()) != batches:
+            msg = (
+                f"evaluating {self.function_name} changed a tensor of the data in place, so that "
+                "the next pass would read other numbers; let it work on a copy"
+            )
+            raise LossError(msg)
+        after = _counted(self.model.parameters())
+        for (name, _), was, now in zip(self.model.named_parameters(), before, after, strict=True):
+            if now != was:
                 msg = (
                     f"evaluating {self.function_name} changed parameter {name!r} in place (as a "
                     "clamp in forward() does, or an embedding with max_norm), so its derivatives "
@@ -432,9 +445,7 @@ class ModelObjective:
         """Versions and checksums of parameters and buffers, modes of modules, a list's batches."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         modes = tuple(module.training for module in self.model.modules())
-        # Other iterables would have to be read; a list is what gets changed in place.
-        batches = tensors_of(self._data) if isinstance(self._data, list | tuple) else []
-        return versions(tensors), checksums(tensors), modes, versions(batches)
+        return versions(tensors), checksums(tensors), modes, versions(self._batches_at_hand())
 
     def identity(self) -> dict[str, Any]:
         """Digests of every parameter and buffer, of every batch, of the loss and the options."""
@@ -475,6 +486,13 @@ class ModelObjective:
             description["notes"] = [_routing_note(routers)]
         return description
 
+    def _batches_at_hand(self) -> list[Tensor]:
+        """The tensors of a list of batches, which can be changed in place.
+
+        Other iterables would have to be read.
+        """
+        return tensors_of(self._data) if isinstance(self._data, list | tuple) else []
+
     def _check_mode(self) -> None:
         problems = stochastic_modules(self.model)
         if not problems:
@@ -501,7 +519,7 @@ class ModelObjective:
     def _numbered_batches(self) -> Iterable[tuple[int, Any]]:
         """Each with the number that it has in the data, whatever their order."""
         if not self._reversed:
-            return enumerate(self._data)
+            return enumerate(batches_of(self._data))
         return reversed(list(enumerate(held_in_memory(self._data))))
 
     def _weight_of(self, batch: Any, label: str) -> float:
@@ -540,6 +558,9 @@ def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
             raise
         msg = f"the loss raised {type(error).__name__} on {part.label}: {error}"
         raise LossError(msg + _cure(str(error))) from error
+    if value is None:
+        msg = f"the loss of {part.label} is None; return it"
+        raise LossError(msg)
     if not isinstance(value, Tensor):
         msg = (
             f"the loss of {part.label} is a {type(value).__name__}, not a tensor; leave out "
@@ -555,6 +576,12 @@ def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
     if not value.is_floating_point():
         msg = f"the loss of {part.label} has dtype {value.dtype}, expected a real floating dtype"
         raise LossError(msg)
+    if value.device.type == "meta":
+        msg = f"the loss of {part.label} is on the meta device, without a number"
+        raise LossError(msg)
+    if value.layout != torch.strided:
+        msg = f"the loss of {part.label} is stored as {value.layout}, expected a dense scalar"
+        raise LossError(msg)
     if not bool(torch.isfinite(value)):
         msg = (
             f"the loss of {part.label} is {float(value.detach())}. Look for nan in the weights or "
@@ -562,6 +589,11 @@ def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
         )
         raise NonFiniteError(msg)
     return value.reshape(())
+
+
+def _counted(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each tensor was changed, as autograd counts."""
+    return [version for version, _ in versions(tensors)]
 
 
 def _cure(message: str) -> str:

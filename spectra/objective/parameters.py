@@ -177,6 +177,9 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, T
         if problem := _cannot_differentiate(parameter):
             msg = f"parameter {name!r} {problem}; leave it out with params="
             raise ParameterSelectionError(msg)
+    if not any(parameter.numel() for parameter in selected.values()):
+        msg = f"the {len(selected)} selected parameters have no entries: all are of size 0"
+        raise ParameterSelectionError(msg)
     return selected
 
 
@@ -270,6 +273,8 @@ def _cannot_differentiate(parameter: Tensor) -> str | None:
         return f"has dtype {parameter.dtype}, which has no derivatives"
     if parameter.layout != torch.strided:
         return f"is stored as {parameter.layout}, and flat vectors need dense parameters"
+    if hasattr(parameter, "placements"):
+        return "is a DTensor, sharded over processes (gather it with .full_tensor() first)"
     if parameter.device.type == "meta":
         return "is on the meta device, without numbers (load the weights first)"
     if parameter.is_inference():

@@ -44,7 +44,7 @@ def rows_on_disk(count: int, n: int, dtype: torch.dtype) -> Tensor:
     """
     size = count * n * torch.finfo(dtype).bits // 8
     if size == 0:
-        return torch.empty(count, n, dtype=dtype)
+        return torch.empty(count, n, dtype=dtype, device="cpu")
     directory = tempfile.gettempdir()
     try:
         _check_room(directory, size)
@@ -53,7 +53,8 @@ def rows_on_disk(count: int, n: int, dtype: torch.dtype) -> Tensor:
             # Elsewhere the check above has to do.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle, 0, size)
-            return torch.from_file(path, shared=True, size=count * n, dtype=dtype).view(count, n)
+            options: dict[str, Any] = {"dtype": dtype, "device": "cpu"}
+            return torch.from_file(path, shared=True, size=count * n, **options).view(count, n)
         finally:
             os.close(handle)
             os.unlink(path)

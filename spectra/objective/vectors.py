@@ -152,7 +152,7 @@ class VectorSpace:
         if place == "host" and self.device.type != "cpu":
             # Pinned: only from there does the device fetch at full speed.
             pinned = self.device.type == "cuda"
-            return torch.empty(count, self.n, dtype=self.dtype, pin_memory=pinned)
+            return torch.empty(count, self.n, dtype=self.dtype, device="cpu", pin_memory=pinned)
         return self.empty(count)
 
     def local(self, row: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class VectorSpace:
             rows = self.basis(count, self.place_of(basis))
         except StorageError:
             # Others filled the disk. Better a file that is too large than a result lost.
-            self.rotate(basis, torch.eye(count, dtype=torch.float64)[:, order])
+            self.rotate(basis, torch.eye(count, dtype=torch.float64, device="cpu")[:, order.cpu()])
             return basis[:count]
         return torch.index_select(basis[:count], 0, order.to(basis.device), out=rows)
 

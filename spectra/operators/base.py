@@ -133,7 +133,7 @@ class SymmetricOperator(LinearOperator):
         for start in range(0, n, chunk):
             stop = min(start + chunk, n)
             units = self.space.zeros(stop - start)
-            units[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+            units[range(stop - start), range(start, stop)] = 1.0
             columns[start:stop] = self._checked_products(units)
         return columns.T
 

@@ -32,13 +32,16 @@ class HessianOperator(SymmetricOperator):
     Parameters
     ----------
     model
-        Any module. It is left as it was found: mode, `.grad`, `requires_grad`, buffers.
+        Any module. It is left as it was found: mode, `.grad`, `requires_grad`, buffers. Backward
+        hooks do not run during products.
     loss
         `loss(model, batch) -> scalar`, the mean over the terms of a batch (or their sum, see
-        `reduction`). See `spectra.losses` for ready ones.
+        `reduction`). See `spectra.losses` for ready ones. Autocast around a call is off: a loss
+        that is to be computed under autocast enters it itself.
     data
-        Re-iterable batches: a list, a DataLoader. A batch is a tensor or tuples, lists and dicts of
-        tensors; tensors are moved to the model's device.
+        Re-iterable batches: a list, a DataLoader. A batch is a tensor or tuples, lists, dicts and
+        dataclasses of tensors; tensors are moved to the model's device. Every pass has to give the
+        same loss: a loader that draws other samples each time is refused (see `hold_data`).
     params
         Which parameters: None (all that require a gradient), a glob over names or several, or a
         function `(name, parameter) -> bool`. The others are held fixed.

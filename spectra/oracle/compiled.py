@@ -79,9 +79,10 @@ class Compiler:
             Examples of what it gets; only their shapes, dtypes and devices count.
         """
         start = time.perf_counter()
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         vectors = tuple(
-            torch.randn(v.shape, generator=generator, dtype=v.dtype).to(v.device) for v in vectors
+            torch.randn(v.shape, generator=generator, dtype=v.dtype, device="cpu").to(v.device)
+            for v in vectors
         )
         try:
             with warnings.catch_warnings():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 
 from spectra.errors import DoubleBackwardError
 
@@ -50,8 +51,14 @@ _REMEDIES = (
     ("grouped_mm", "use experts of elementary operations (experts_implementation='eager')"),
     ("cudnn_rnn", "wrap the loss in torch.backends.cudnn.flags(enabled=False)"),
     ("inplace operation", "do not overwrite what a derivative needs (inplace=False)"),
+    ("was compiled with", "pass the model before compilation (model._orig_mod)"),
     ("torch.compile", "pass the model before compilation (model._orig_mod)"),
     ("aot_autograd", "pass the model before compilation (model._orig_mod)"),
+    (
+        "a second time",
+        "compute anew in every call what an earlier one left behind (a state of the model, "
+        "parametrize.cached()), or detach it",
+    ),
 )
 _DEFAULT_REMEDY = (
     "replace the operation by differentiable ones, or leave its parameters out with params="
@@ -75,6 +82,14 @@ def refuse_bad_modules(model: nn.Module | None) -> None:
         )
         raise DoubleBackwardError(msg)
     for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel) and module.process_group.size() > 1:
+            msg = (
+                f"{'the model' if not name else f'module {name!r}'} is a DistributedDataParallel "
+                f"over {module.process_group.size()} processes, whose second derivatives are not "
+                "averaged: products would be those of this process's data alone. Pass its "
+                ".module, and all of the data"
+            )
+            raise DoubleBackwardError(msg)
         if not isinstance(module, nn.Embedding):
             continue
         if module.max_norm is not None:
@@ -129,7 +144,8 @@ def _is_once_differentiable(node: Any) -> bool:
 def explain_failure(error: Exception, locate: Callable[[], str]) -> DoubleBackwardError:
     """The exception to raise in place of PyTorch's own, with the module and the remedy."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    text = text.rstrip(".")
+    # What follows the first sentence is advice for other uses.
+    text = text.split(". ")[0].rstrip(".")
     return DoubleBackwardError(_message(locate(), f"cannot be differentiated twice: {text}", text))
 
 

@@ -31,6 +31,7 @@ class GradientGraph:
     def __init__(self, part: Part, loss: Tensor, gradients: tuple[Tensor | None, ...]) -> None:
         self.part = part
         self.loss = loss
+        self.value = float(loss.detach())
         self.gradients = gradients
         self.kept = False
         """Whether it outlives the pass in which it was built."""
@@ -56,8 +57,6 @@ class Graphs:
     ----------
     objective
         Whose parts they are.
-    build
-        Makes the graph of a part.
     policy
         "retained" keeps all, "fresh" none, "auto" the first ones up to `memory_budget`.
     memory_budget
@@ -70,7 +69,6 @@ class Graphs:
     def __init__(
         self,
         objective: Objective,
-        build: Callable[[Part], GradientGraph],
         policy: GraphPolicy,
         memory_budget: int | None,
     ) -> None:
@@ -78,16 +76,15 @@ class Graphs:
         self.policy = policy
         self.memory_budget = memory_budget
         self._objective = objective
-        self._build = build
         self._fallback: str | None = None
         self._parts: int | None = None
         self._kept: dict[int, GradientGraph] = {}
         self._bytes = 0
         self._state: Any = None
 
-    def drop_outdated(self) -> None:
+    def drop_outdated(self, state: Any) -> None:
         """Free the kept graphs if anything has changed since. Where nothing stands in for it."""
-        if self._kept and self._state != self._objective.state():
+        if self._kept and self._state != state:
             self.release()
 
     def all_kept(self) -> list[GradientGraph] | None:
@@ -96,8 +93,8 @@ class Graphs:
             return None
         return list(self._kept.values())
 
-    def each(self) -> Iterator[tuple[GradientGraph, bool]]:
-        """The graph of every part in order, and whether it outlives its turn."""
+    def each(self, build: Callable[[Part], GradientGraph]) -> Iterator[tuple[GradientGraph, bool]]:
+        """The graph of every part in order, built if need be, and whether it outlives its turn."""
         complete = self.all_kept()
         if complete is not None:
             for graph in complete:
@@ -114,7 +111,7 @@ class Graphs:
                 graph = self._kept[place]
             else:
                 room.start_one()
-                graph = self._build(part)
+                graph = build(part)
                 # Undecided until it is seen what the work on it takes.
                 keep = self.policy != "fresh" and not decided
             yield graph, keep

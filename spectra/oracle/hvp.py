@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from spectra.oracle import diagnose
 from spectra.oracle.attention import Attention
 from spectra.oracle.compiled import Compiler
 from spectra.oracle.graphs import GradientGraph, GraphPolicy, Graphs
+from spectra.oracle.passes import Tally, Values
 from spectra.oracle.planning import Plan, PlanChangedError
 from spectra.oracle.precision import autocast_off, full_float32
 from spectra.oracle.recompute import UnsuitableSegmentError
@@ -33,6 +35,10 @@ from spectra.oracle.segments import Recompute
 __all__ = ["HvpOracle"]
 
 T = TypeVar("T")
+
+# A pass changes what all threads share, and puts it back: random state, `requires_grad` and modules
+# of models, the attention operator.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class HvpOracle:
@@ -72,7 +78,7 @@ class HvpOracle:
         if compile and graph == "fresh":
             msg = "compile=True compiles products on kept graphs, but graph='fresh' keeps none"
             raise ArgumentError(msg)
-        self._graphs = Graphs(objective, self._gradient_graph, graph, memory_budget)
+        self._graphs = Graphs(objective, graph, memory_budget)
         diagnose.refuse_bad_modules(objective.model)
         self._plan = Plan(objective, recompute, memory_budget, compute_dtype)
         self.objective = objective
@@ -80,6 +86,9 @@ class HvpOracle:
         self._compiler = Compiler() if compile else None
         self._attention = Attention(objective.model)
         self._checked = False
+        self._values = Values(objective)
+        # Of the objective, as it was found before the pass.
+        self._state: Any = None
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L and its gradient, flat (n,): from kept graphs, or in a pass of ordinary gradients."""
@@ -102,7 +111,7 @@ class HvpOracle:
         """
 
         def evaluate() -> tuple[float, Tensor]:
-            with self._evaluating(displacement):
+            with self._evaluating(displacement, compared=False):
                 return self._summed(
                     self._gradient_graph(part, create_graph=False)
                     for part in self.objective.parts()
@@ -112,29 +121,25 @@ class HvpOracle:
 
     def _summed(self, graphs: Iterable[GradientGraph]) -> tuple[float, Tensor]:
         space = self.objective.space
-        value, total, depends = 0.0, 0.0, False
+        tally = Tally()
         # In here: a tensor made under inference_mode could not be changed outside of it.
         gradient = space.empty()
         sum_ = _WeightedSum(gradient, space.views(gradient))
         for graph in graphs:
-            weight = graph.part.weight
-            sum_.add(graph.gradients, weight)
-            value += weight * float(graph.loss.detach())
-            total += weight
-            depends = depends or graph.depends
-        normaliser = self.objective.normaliser(total)
-        self._require_dependence(depends)
+            sum_.add(graph.gradients, graph.part.weight)
+            tally.add(graph.part, graph.value, depends=graph.depends)
+        normaliser = self._normaliser(tally)
         sum_.divide(normaliser)
-        return value / normaliser, gradient
+        return tally.value / normaliser, gradient
 
     def value(self, displacement: Tensor | None = None) -> float:
         """L alone, without any derivative, at θ or beside it."""
-        value, total = 0.0, 0.0
-        with self._evaluating(displacement), torch.no_grad():
+        tally = Tally()
+        with self._evaluating(displacement, compared=displacement is None), torch.no_grad():
             for part in self.objective.parts():
-                value += part.weight * float(self.objective.loss(part))
-                total += part.weight
-        return value / self.objective.normaliser(total)
+                # On what it depends only a derivative shows.
+                tally.add(part, float(self.objective.loss(part)), depends=True)
+            return tally.value / self._normaliser(tally)
 
     def products(self, vectors: Tensor) -> Tensor:
         """H times each row of `vectors` (k, n), as rows (k, n).
@@ -186,7 +191,7 @@ class HvpOracle:
     def _multiplied(self, vectors: Tensor) -> Tensor:
         space = self.objective.space
         directions = [space.views(row) for row in vectors]
-        total, depends = 0.0, False
+        tally = Tally()
         with self._pass() as graphs:
             # In here: a tensor made under inference_mode could not be changed outside of it.
             out = space.empty(len(vectors))
@@ -196,10 +201,8 @@ class HvpOracle:
                     keep = kept or i + 1 < len(directions)
                     products = self._second_derivative(graph, direction, keep_graph=keep)
                     sum_.add(products, graph.part.weight)
-                total += graph.part.weight
-                depends = depends or graph.depends
-        normaliser = self.objective.normaliser(total)
-        self._require_dependence(depends)
+                tally.add(graph.part, graph.value, depends=graph.depends)
+            normaliser = self._normaliser(tally)
         self._checked = True
         for sum_ in sums:
             sum_.divide(normaliser)
@@ -224,7 +227,7 @@ class HvpOracle:
     def _forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
         space = self.objective.space
         directions = [space.views(row) for row in vectors]
-        weights, forms, depends = [], [], False
+        weights, forms, tally = [], [], Tally()
         with self._pass() as graphs:
             product = space.empty()
             views = space.views(product)
@@ -237,14 +240,16 @@ class HvpOracle:
                     row.append(space.inner(vectors[i], product))
                 weights.append(graph.part.weight)
                 forms.append(row)
-                depends = depends or graph.depends
-        self._require_dependence(depends)
+                tally.add(graph.part, graph.value, depends=graph.depends)
+            self._normaliser(tally)
         self._checked = True
         return np.array(weights), np.array(forms)
 
     def release(self) -> None:
         """Free the kept graphs; the next product builds them again."""
-        self._graphs.release()
+        with _ONE_AT_A_TIME:
+            self._graphs.release()
+            self._values.forget()
 
     def describe(self) -> dict[str, Any]:
         """What was chosen to be kept and computed again, for the provenance of results."""
@@ -272,14 +277,23 @@ class HvpOracle:
             return list(diagnose.graph_nodes([self._plan.loss(part)]))
 
     @contextlib.contextmanager
-    def _evaluating(self, displacement: Tensor | None = None) -> Iterator[None]:
-        """Within it losses are evaluated and differentiated, at θ or beside it."""
+    def _evaluating(
+        self, displacement: Tensor | None = None, *, compared: bool = True
+    ) -> Iterator[None]:
+        """Within it losses are evaluated and differentiated, at θ or beside it.
+
+        Their sum is compared with that of earlier passes, unless it has to be another, or is itself
+        looked at.
+        """
         kind = self.objective.space.device.type
-        self._graphs.drop_outdated()
         beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if displacement is not None:
             beside = self.objective.displaced(displacement)
         with (
+            _ONE_AT_A_TIME,
+            self._state_noted(compared=compared),
+            # A loss that is to be computed under autocast enters it by itself.
+            autocast_off(kind),
             self.objective.evaluating(),
             beside,
             contextlib.nullcontext() if self._tf32 else full_float32(kind),
@@ -290,10 +304,26 @@ class HvpOracle:
             yield
 
     @contextlib.contextmanager
+    def _state_noted(self, *, compared: bool) -> Iterator[None]:
+        state = self.objective.state()
+        self._graphs.drop_outdated(state)
+        self._state = state if compared else None
+        yield
+
+    @contextlib.contextmanager
     def _pass(self) -> Iterator[Iterator[tuple[GradientGraph, bool]]]:
-        with self._evaluating():
-            yield self._graphs.each()
-        self._graphs.settle()
+        with _ONE_AT_A_TIME:
+            with self._evaluating():
+                yield self._graphs.each(self._gradient_graph)
+            self._graphs.settle()
+
+    def _normaliser(self, tally: Tally) -> float:
+        """What the sums of a pass are divided by, once it is clear that they are good."""
+        normaliser = self.objective.normaliser(tally.weight)
+        self._require_dependence(tally.depends)
+        if self._state is not None:
+            self._values.compare(self._state, tally)
+        return normaliser
 
     def _gradient_graph(self, part: Part, *, create_graph: bool = True) -> GradientGraph:
         loss = self._plan.loss(part)

@@ -490,6 +490,6 @@ def _autocast(kind: str) -> tuple[bool, torch.dtype]:
 def _next_node_number() -> int:
     """What autograd numbers the next operation of this thread with, at least."""
     with torch.enable_grad():
-        node = torch.zeros((), requires_grad=True).view(()).grad_fn
+        node = torch.zeros((), device="cpu", requires_grad=True).view(()).grad_fn
     assert node is not None
     return int(node._sequence_nr())

@@ -93,20 +93,18 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     They are the composite members of a ModuleList, ModuleDict or Sequential of which two or more
     are of one class; the outermost such containers count.
     """
-    found: dict[str, nn.Module] = {}
+    return dict(_search_blocks("", model))
 
-    def search(name: str, module: nn.Module) -> None:
-        children = [(f"{name}.{key}" if name else key, m) for key, m in module.named_children()]
-        composite = {key: child for key, child in children if _is_block(child)}
-        kinds = [type(child) for child in composite.values()]
-        if isinstance(module, _CONTAINERS) and len(kinds) > len(set(kinds)):
-            found.update(composite)
-            return
-        for key, child in children:
-            search(key, child)
 
-    search("", model)
-    return found
+def _search_blocks(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    children = [(f"{name}.{key}" if name else key, m) for key, m in module.named_children()]
+    composite = [(key, child) for key, child in children if _is_block(child)]
+    kinds = [type(child) for _, child in composite]
+    if isinstance(module, _CONTAINERS) and len(kinds) > len(set(kinds)):
+        yield from composite
+        return
+    for key, child in children:
+        yield from _search_blocks(key, child)
 
 
 def _is_block(module: nn.Module) -> bool:

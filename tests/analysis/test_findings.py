@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import spectra
+from spectra import errors
 from spectra.analysis.findings import compressed
 from spectra.analysis.preflight import check
 from spectra.objective.losses import causal_lm, supervised
@@ -159,12 +160,24 @@ def test_a_saturated_probability_is_found():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_hook_that_scales_gradients_is_found_and_named(dtype):
+def test_a_hook_on_a_tensor_that_changes_gradients_is_found(dtype):
+    class Doubling(nn.Module):
+        def forward(self, x):
+            y = x * 1.0
+            if y.requires_grad:
+                y.register_hook(lambda gradient: 2 * gradient)
+            return y
+
+    wrong = finding(checked(network(Doubling()), dtype=dtype), "gradient of the loss")
+    assert wrong.level == "warning"
+    assert "hooks on tensors" in wrong.remedy
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_backward_hook_on_a_module_does_not_run_and_does_no_harm(dtype):
     model = network(nn.Linear(4, 4))
     model[2].register_full_backward_hook(lambda module, inputs, _: tuple(g / 2 for g in inputs))
-    wrong = finding(checked(model, dtype=dtype), "gradient differences")
-    assert wrong.level == "warning"
-    assert "the backward hook on module '2'" in wrong.remedy
+    assert checked(model, dtype=dtype).ok
 
 
 @pytest.mark.parametrize(
@@ -242,6 +255,21 @@ def test_a_loss_that_changes_from_call_to_call_is_found(dtype):
         def forward(self, x):
             self.calls += 1
             return x * (1 + 0.1 * self.calls)
+
+    # Products refuse it by themselves: the loss over the data is looked at in every pass.
+    with pytest.raises(errors.DataError, match="in an earlier pass"):
+        checked(network(Counting()), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_that_changes_from_call_to_call_is_found(dtype):
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            # The same value, and another derivative.
+            return x.detach() + (x - x.detach()) * (1 + 0.1 * self.calls)
 
     found = checked(network(Counting()), dtype=dtype)
     # Of what changes by itself nothing else is said.

@@ -624,7 +624,7 @@ def question_of(loss, match, kind=LossError, *, data=None, model=None, **options
     ("broken", "match"),
     [
         (lambda value: value.item(), r"loss of batch 0 is a float.*leave out \.item\(\)"),
-        (lambda _: None, "loss of batch 0 is a NoneType"),
+        (lambda _: None, "loss of batch 0 is None; return it"),
         (lambda value: value.detach().numpy(), "is a ndarray"),
         (lambda value: torch.stack([value, value]), r"has shape \(2,\).*\.mean\(\) or \.sum\(\)"),
         (lambda value: value.new_zeros(0), r"has shape \(0,\)"),
