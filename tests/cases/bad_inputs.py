@@ -1136,6 +1136,18 @@ def _() -> Asked:
     return product(training(model))
 
 
+@refused(
+    MODELS,
+    "spectral norm of the older kind, in training mode",
+    errors.StochasticModelError,
+    r"'0' \(Linear\).*every call takes a step",
+)
+def _() -> Asked:
+    model = network()
+    nn.utils.spectral_norm(model[0])
+    return product(training(model))
+
+
 @answered(MODELS, "spectral norm in eval mode")
 def _() -> Asked:
     model = network()
@@ -1248,6 +1260,24 @@ def _() -> Asked:
 )
 def _() -> Asked:
     return Asked(lambda: distributed(2, lambda m: HessianOperator(m, LOSS, BATCHES)))
+
+
+@refused(
+    MODELS,
+    "parameters sharded over processes (DTensor)",
+    errors.ParameterSelectionError,
+    "'0.weight' is a DTensor, sharded over processes",
+)
+def _() -> Asked:
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    def ask(wrapped: Any) -> Any:
+        model, mesh = network(), DeviceMesh("cpu", [0])
+        weight = distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)])
+        model[0].weight = nn.Parameter(weight)
+        return HessianOperator(model, LOSS, BATCHES)
+
+    return Asked(lambda: distributed(1, ask))
 
 
 def quantised(layer: nn.Module) -> Any:
