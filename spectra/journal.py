@@ -239,8 +239,11 @@ class Journal:
 
     @property
     def empty(self) -> bool:
-        """Nothing was computed yet."""
-        return self._witness is None
+        """No product is on record that the run would have to compute again."""
+        return not any(
+            record.meta["kind"] == "product" or record.meta.get("matvecs")
+            for record in self._records
+        )
 
     def close(self) -> None:
         """Let go of the file."""

@@ -74,6 +74,7 @@ class RecordFile:
         self.records: list[Record] = []
         self.torn = False
         """The last record was cut off, and dropped."""
+        self._made_directory = False
         self._file = self._opened()
         try:
             self._end, self._check = self._scan()
@@ -90,13 +91,16 @@ class RecordFile:
         StorageError
             The directory cannot be written to, or the disk is full.
         """
+        made = not path.parent.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, [_MAGIC, *_record(meta, [], b"")[0]])
         except OSError as error:
             msg = f"cannot write the checkpoint {str(path)!r}: {error.strerror}; name another path"
             raise StorageError(msg) from error
-        return cls(path)
+        file = cls(path)
+        file._made_directory = made
+        return file
 
     def append(self, meta: dict[str, Any], arrays: Sequence[Tensor] = ()) -> None:
         """Add a record and bring it to the disk.
@@ -177,11 +181,13 @@ class RecordFile:
         self._file.close()
 
     def remove(self) -> None:
-        """Close and delete the file."""
+        """Close and delete the file, and the directory if it was made for it and is empty."""
         self.close()
         with contextlib.suppress(OSError):
             self.path.unlink()
             sync_directory(self.path.parent)
+            if self._made_directory:
+                self.path.parent.rmdir()
 
     def _pieces(
         self, kept: Sequence[tuple[Record, bool]], meta: dict[str, Any], arrays: Sequence[Tensor]

@@ -274,9 +274,16 @@ def test_an_interrupt_exits_with_130_and_leaves_no_run(place):
         if "waiting" in line:
             break
     process.send_signal(signal.SIGINT)
+    # A product that takes long is waited for, unless somebody insists.
+    said = process.stderr.readline()
+    assert said == (
+        "spectra: SIGINT: stopping after the product under way; once more to stop at once\n"
+    )
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "spectra: interrupted\n")
-    assert not (place / "run" / "run.json").exists()
+    # Nothing had been computed.
+    assert not (place / "run").exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")

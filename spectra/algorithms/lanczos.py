@@ -115,7 +115,7 @@ class Krylov:
         self._dropped = np.zeros(0)
         # The last two vectors of the basis are neighbours: β couples them, and nothing else.
         self._neighbours = False
-        self._log = _Log(self)
+        self._log = _Log(operator, complement_of)
         if start is None:
             self._rows[0] = probes.sphere(self.space, generator, complement_of)
         else:
@@ -147,14 +147,14 @@ class Krylov:
     def step(self) -> None:
         """Add the waiting vector to the basis: one product."""
         j, vector = self.size, None
-        if (known := self._log.step()) is not None:
+        if (known := self._log.step(self)) is not None:
             coefficients, norm = known
             self.size = j + 1
         else:
             vector = self._product(j)
             self.size = j + 1
             coefficients, norm = self._orthogonalise(vector)
-            self._log.add(coefficients, norm)
+            self._log.add(coefficients, norm, self.noise)
         self.projection[: j + 1, j] = self.projection[j, : j + 1] = coefficients
         scale = float(np.abs(self.projection[: j + 1, : j + 1]).max(initial=0.0))
         self.exhausted = norm <= max(10 * self.space.eps, _ROUNDING) * scale
@@ -197,7 +197,7 @@ class Krylov:
         copied.capacity = min(capacity, self.dimension)
         copied._rows = self.space.basis(min(copied.capacity + 1, self.dimension))
         copied._rows[: len(self._rows)] = self._rows
-        copied._log = _Log(copied)
+        copied._log = _Log(operator, copied._outside)
         copied.projection = np.zeros((copied.capacity, copied.capacity))
         known = slice(self.size)
         copied.projection[known, known] = self.projection[known, known]
@@ -214,7 +214,7 @@ class Krylov:
 
         Returns the pairs that are left, in terms of the new basis.
         """
-        self._log.look()
+        self._log.look(self._rows)
         beta, exhausted = self.beta, self.exhausted
         following = None
         if not self.hollow and self.size < len(self._rows):
@@ -224,7 +224,7 @@ class Krylov:
         self.beta, self.exhausted = beta, exhausted
         if following is not None:
             self._rows[self.size] = following
-        self._log.restarted()
+        self._log.restarted(self._rows[: self.size + 1], self._generator)
         return left
 
     def restart_fresh(self, pairs: RitzPairs, keep: np.ndarray) -> RitzPairs:
@@ -232,13 +232,13 @@ class Krylov:
 
         Returns the pairs that are left, in terms of the new basis.
         """
-        self._log.look()
+        self._log.look(self._rows)
         left = self._shrink(pairs, keep)
         self._dropped = left.residuals
         self.beta, self.exhausted = 0.0, True
         if not self.hollow:
             self._rows[self.size] = self._fresh_direction()
-        self._log.restarted()
+        self._log.restarted(self._rows[: self.size + 1], self._generator)
         return left
 
     def _shrink(self, pairs: RitzPairs, keep: np.ndarray) -> RitzPairs:
@@ -316,12 +316,10 @@ class _Log:
     basis. A run that is resumed takes those steps by their numbers alone.
     """
 
-    def __init__(self, krylov: Krylov) -> None:
-        self._krylov = krylov
+    def __init__(self, operator: SymmetricOperator, outside: Tensor | None) -> None:
         # Only where the whole course is that of one basis: the others have no restart.
-        self._journal = current(krylov._operator) if krylov._outside is None else None
+        self._journal = current(operator) if outside is None else None
         self._begin = 0 if self._journal is None else self._journal.position
-        self._matvecs = 0
         self._steps: list[Any] = []
         self._known: dict[str, Any] | None = None
 
@@ -330,41 +328,38 @@ class _Log:
         """The steps are known, their vectors are not there."""
         return self._known is not None
 
-    def look(self) -> None:
-        """Find out whether what comes up to the next restart is known."""
+    def look(self, rows: Tensor) -> None:
+        """Find out whether what comes up to the next restart is known, and with which `rows`."""
         if self._journal is not None and self._known is None and not self._steps:
-            self._known = self._journal.recall(_RESTARTED, into=self._krylov.rows)
+            self._known = self._journal.recall(_RESTARTED, into=rows)
 
-    def step(self) -> tuple[np.ndarray, float] | None:
+    def step(self, krylov: Krylov) -> tuple[np.ndarray, float] | None:
         """Coefficients and norm of the next step if they are known."""
-        self.look()
+        self.look(krylov.rows)
         if self._known is None:
             return None
         coefficients, norm, noise = self._known["steps"][len(self._steps)]
         self._steps.append(None)
-        self._krylov.noise.state = tuple(noise)
+        krylov.noise.state = tuple(noise)
         return np.array(coefficients), norm
 
-    def add(self, coefficients: np.ndarray, norm: float) -> None:
+    def add(self, coefficients: np.ndarray, norm: float, noise: Noise) -> None:
         """Note a step that was computed."""
         if self._journal is not None:
-            self._steps.append((coefficients.tolist(), norm, list(self._krylov.noise.state)))
+            self._steps.append((coefficients.tolist(), norm, list(noise.state)))
 
-    def restarted(self) -> None:
-        """The basis was shrunk; its next vector is in place."""
-        krylov, journal = self._krylov, self._journal
+    def restarted(self, rows: Tensor, generator: torch.Generator) -> None:
+        """The basis was shrunk to `rows`, the last of which is the next vector."""
+        journal = self._journal
         if journal is None:
             return
         if self._known is not None:
-            krylov._generator.set_state(_generator_state(self._known["generator"]))
+            generator.set_state(_generator_state(self._known["generator"]))
         else:
-            value = {
-                "steps": self._steps,
-                "generator": bytes(krylov._generator.get_state().numpy()).hex(),
-            }
-            following = min(krylov.size + 1, len(krylov.rows))
-            rows = krylov.rows[:following]
-            journal.condense(self._begin, _RESTARTED, value, matvecs=len(self._steps), rows=rows)
+            state = bytes(generator.get_state().numpy()).hex()
+            value = {"steps": self._steps, "generator": state}
+            count = len(self._steps)
+            journal.condense(self._begin, _RESTARTED, value, matvecs=count, rows=rows)
         self._known, self._steps, self._begin = None, [], journal.position
 
 

@@ -90,21 +90,22 @@ class _Iteration:
         """Iterate until the residual of H² is small enough."""
         snapshots: Snapshots | None = None
         while self.steps < max_matvecs:
-            before = self.steps
             try:
                 self._step()
             except Stopped:
                 if self.steps == 0:
                     raise
                 return
+            bar.update()
             # A random x lies in the null space with probability 0: then the operator is zero.
             if self.rho == 0.0 or self.residual <= tol:
                 return
             if snapshots is not None:
                 snapshots.round()
             elif self.noise.settled:
+                before = self.steps
                 snapshots = Snapshots("power iteration", self._state, self._restore)
-            bar.update(self.steps - before)
+                bar.update(self.steps - before)
 
     def _step(self) -> None:
         space = self._operator.space

@@ -137,7 +137,7 @@ def test_pairs_that_are_no_eigenpairs_bias_no_block(krylov):
     for column in complement.T:
         z = 114**0.5 * torch.from_numpy(column.copy())
         known.take_from(z, h.apply(z))
-    mean = np.array(known.samples).mean(axis=0)
+    mean = np.array(known.noted).mean(axis=0)
     assert mean == pytest.approx(sums(np.diag(matrix)), abs=1e-10)
     assert np.abs(sums(pairs.couplings)).max() > 0.5
 
@@ -166,11 +166,11 @@ def test_a_krylov_space_is_taken_out_of_the_densitys_own_probes():
     v, core = density.runs[0].basis.numpy(), density.runs[0].projection
     taken = v.T @ core @ v
     known = np.diag((q := pairs.vectors.numpy()) * pairs.values @ q.T + taken)
-    assert len(shared.known.samples) == 2
+    assert len(shared.known.noted) == 2
     for i in (1, 2):
         z = 114**0.5 * density.runs[i].basis[0].numpy()
         expected = density.parameter_traces[i] + sums(known - z * (taken @ z))
-        assert shared.known.samples[i - 1] == pytest.approx(expected, rel=1e-9)
+        assert shared.known.noted[i - 1] == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_blocks_of_a_network_are_those_of_its_dense_hessian():
