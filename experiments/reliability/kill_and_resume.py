@@ -38,6 +38,8 @@ from spectra.results import Result
 
 # What tells how long something took, or which program and machine it was.
 _NOT_COMPARED = {"provenance", "seconds"}
+# Width of the network: its vectors are large enough for kills to meet writes as well.
+_HIDDEN = 512
 
 
 QUESTIONS: dict[str, Callable[..., Result]] = {
@@ -209,7 +211,7 @@ def identical(one: Any, other: Any) -> bool:
 
 def _operator(weights: Path) -> HessianOperator:
     """The Hessian of the trained network, over batches of unequal sizes."""
-    model, loss, data = trained_digits(steps=0)
+    model, loss, data = trained_digits(hidden=_HIDDEN, steps=0)
     model.load_state_dict(torch.load(weights, weights_only=True))
     return HessianOperator(model, loss, data)
 
@@ -219,7 +221,7 @@ def _train(weights: Path) -> None:
     child = os.fork()
     if child == 0:
         try:
-            model, _, _ = trained_digits()
+            model, _, _ = trained_digits(hidden=_HIDDEN)
             torch.save(model.state_dict(), weights)
         finally:
             os._exit(0)
