@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import os
 import re
+import signal
+import tempfile
 import threading
+import time
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -28,6 +33,7 @@ import spectra
 from spectra import HessianOperator, errors
 from spectra.objective.losses import causal_lm, supervised
 from spectra.objective.parameters import ParameterSpace
+from spectra.records import RecordFile
 from tests.cases.networks import dense_hessian
 
 __all__ = ["CASES", "PAGE", "Asked", "Case", "happened", "table"]
@@ -1505,6 +1511,182 @@ def _() -> Asked:
     return dense(network(), loss)
 
 
+# --- checkpoints ----------------------------------------------------------------------------------
+
+SAVED = "Checkpoints"
+
+
+@functools.cache
+def folder() -> tempfile.TemporaryDirectory[str]:
+    """What is gone with the process."""
+    return tempfile.TemporaryDirectory()
+
+
+def begun(change: Callable[[Path], None] = lambda path: None) -> tuple[Path, nn.Sequential]:
+    """The checkpoint of a run that was killed, `change`d since, and its model."""
+    path = Path(tempfile.mkdtemp(dir=folder().name)) / "checkpoint"
+    model = network()
+    hessian = HessianOperator(model, LOSS, BATCHES)
+    compute, left = hessian._products, iter(range(10, -1, -1))
+
+    def mortal(rows: Tensor) -> Tensor:
+        if not next(left):
+            raise KeyboardInterrupt
+        return compute(rows)
+
+    hessian._products = mortal  # type: ignore[method-assign]
+    with contextlib.suppress(KeyboardInterrupt):
+        resumed(path, model)(hessian)
+    change(path)
+    return path, model
+
+
+def resumed(path: Path, model: nn.Module, **options: Any) -> Callable[..., Any]:
+    """A question that goes on from the checkpoint."""
+
+    def ask(hessian: HessianOperator | None = None) -> Any:
+        hessian = hessian or HessianOperator(model, LOSS, BATCHES)
+        pairs = spectra.eigsh(hessian, **{"k": 3, "ncv": 12, "tol": 1e-8, **options}, checkpoint=path)
+        return torch.from_numpy(pairs.values)
+
+    return ask
+
+
+def extremes() -> Tensor:
+    """The three eigenvalues of largest magnitude, the largest first."""
+    values = torch.linalg.eigvalsh(truth())
+    return values[values.abs().argsort(descending=True)[:3]].sort(descending=True).values
+
+
+def flipped(place: int) -> Callable[[Path], None]:
+    """One bit of a file."""
+
+    def change(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
+
+    return change
+
+
+@answered(SAVED, "of a run that was killed")
+def _() -> Asked:
+    path, model = begun()
+    return Asked(resumed(path, model), (model,), extremes)
+
+
+@answered(SAVED, "cut off amid a record")
+def _() -> Asked:
+    path, model = begun(lambda path: path.write_bytes(path.read_bytes()[:-9]))
+    return Asked(resumed(path, model), (model,), extremes)
+
+
+@answered(SAVED, "with a clock that was set back")
+def _() -> Asked:
+    path, model = begun(lambda path: os.utime(path, (0, 0)))
+
+    def ask() -> Any:
+        now, time.time = time.time, lambda: -1e9
+        try:
+            return resumed(path, model)()
+        finally:
+            time.time = now
+
+    return Asked(ask, (model,), extremes)
+
+
+@answered(
+    SAVED, "on a disk that becomes full: the run goes on without, and says so", needs="resource"
+)
+def _() -> Asked:
+    path, model = begun()
+
+    def ask() -> Any:
+        import resource
+
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, limits[1]))
+            return resumed(path, model)()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return Asked(ask, (model,), extremes)
+
+
+@refused(SAVED, "of other weights", errors.CheckpointError, r"differs: weights 2\.bias")
+def _() -> Asked:
+    path, model = begun()
+    with torch.no_grad():
+        model[2].bias += 1e-9
+    return Asked(resumed(path, model), (model,))
+
+
+@refused(SAVED, "of other data", errors.CheckpointError, "differs: data batch 1")
+def _() -> Asked:
+    path, model = begun()
+    data = [BATCHES[0], (X[2:], Y[2:] + 1e-9)]
+    hessian = HessianOperator(model, LOSS, data)
+    return Asked(lambda: resumed(path, model)(hessian), (model,))
+
+
+@refused(SAVED, "of another loss", errors.CheckpointError, "differs: loss")
+def _() -> Asked:
+    path, model = begun()
+    hessian = HessianOperator(model, supervised(nn.L1Loss()), BATCHES)
+    return Asked(lambda: resumed(path, model)(hessian), (model,))
+
+
+@refused(SAVED, "of other options", errors.CheckpointError, r"option seed \(0 before, 1 now\)")
+def _() -> Asked:
+    path, model = begun()
+    return Asked(resumed(path, model, seed=1), (model,))
+
+
+@refused(SAVED, "of another question", errors.CheckpointError, "one of eigsh, not of trace")
+def _() -> Asked:
+    path, model = begun()
+    hessian = HessianOperator(model, LOSS, BATCHES)
+    return Asked(lambda: spectra.trace(hessian, checkpoint=path), (model,))
+
+
+@refused(SAVED, "with one bit changed", errors.StorageError, "is damaged")
+def _() -> Asked:
+    path, model = begun(flipped(-200))
+    return Asked(resumed(path, model), (model,))
+
+
+@refused(SAVED, "that is another file", errors.StorageError, "is no checkpoint")
+def _() -> Asked:
+    path, model = begun(lambda path: path.write_text("import spectra"))
+    return Asked(resumed(path, model), (model,))
+
+
+@refused(SAVED, "that is a directory", errors.ArgumentError, "name a file in it")
+def _() -> Asked:
+    path, model = begun()
+    return Asked(resumed(path.parent, model), (model,))
+
+
+@refused(SAVED, "where nothing can be written", errors.StorageError, "cannot write the checkpoint")
+def _() -> Asked:
+    path, model = begun()
+    return Asked(resumed(path / "beneath", model), (model,))
+
+
+@refused(SAVED, "of a run that is under way", errors.StorageError, "another run is writing")
+def _() -> Asked:
+    path, model = begun()
+
+    def ask() -> Any:
+        with contextlib.closing(RecordFile(path)):
+            return resumed(path, model)()
+
+    return Asked(ask, (model,))
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 
@@ -1525,6 +1707,8 @@ def _normalised(message: str) -> str:
     message = re.sub(r"(raised \w+)( on batch \d+)?: .*", r"\1\2: …", message)
     message = re.sub(r"(differentiated twice: ).*?(\. Fix: )", r"\1…\2", message)
     message = re.sub(r"\d+\.\d{3,}(e[+-]?\d+)?", "…", message)
+    message = re.sub(r"'/[^']*/(checkpoint[^']*)'", r"'…/\1'", message)
+    message = re.sub(r"'/[^']*'", "'…'", message)
     return message.replace("|", r"\|").replace("\n", " ").replace("*", r"\*").replace("<", r"\<")
 
 
