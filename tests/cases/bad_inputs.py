@@ -1707,6 +1707,7 @@ def _normalised(message: str) -> str:
     message = re.sub(r"(raised \w+)( on batch \d+)?: .*", r"\1\2: …", message)
     message = re.sub(r"(differentiated twice: ).*?(\. Fix: )", r"\1…\2", message)
     message = re.sub(r"\d+\.\d{3,}(e[+-]?\d+)?", "…", message)
+    message = re.sub(r"byte \d+", "byte …", message)
     message = re.sub(r"'/[^']*/(checkpoint[^']*)'", r"'…/\1'", message)
     message = re.sub(r"'/[^']*'", "'…'", message)
     return message.replace("|", r"\|").replace("\n", " ").replace("*", r"\*").replace("<", r"\<")
