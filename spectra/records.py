@@ -110,6 +110,7 @@ class RecordFile:
         OSError
             The disk is full or gone. The file is then as it was before.
         """
+        meta = _with_arrays(meta, arrays)
         parts, check = _record(meta, arrays, self._check)
         try:
             # What was torn off before may be longer than what is written now.
@@ -130,7 +131,7 @@ class RecordFile:
         size = sum(array.nbytes for array in arrays)
         self._end = self._file.tell()
         self._check = check
-        self.records.append(Record(_with_arrays(meta, arrays), self._end - size, size))
+        self.records.append(Record(meta, self._end - size, size))
 
     def read(self, record: Record) -> Iterator[Tensor]:
         """The arrays of a record, one after the other, on the CPU.
@@ -210,7 +211,7 @@ class RecordFile:
                     raise _damaged(self.path, "it ends within a record")
                 left -= len(piece)
                 yield piece
-        parts, _ = _record(meta, arrays, check)
+        parts, _ = _record(_with_arrays(meta, arrays), arrays, check)
         yield from parts
 
     def _opened(self) -> BinaryIO:
@@ -284,7 +285,7 @@ def _record(
 ) -> tuple[list[Buffer], bytes]:
     """A record's bytes, and its checksum."""
     buffers = [_bytes_of(array) for array in arrays]
-    head, check = _head(_with_arrays(meta, arrays), sum(map(len, buffers)), before)
+    head, check = _head(meta, sum(map(len, buffers)), before)
     return [*head, *buffers], check
 
 
