@@ -38,6 +38,8 @@ from spectra.results import Result, versions
 
 __all__ = ["Analysis", "analyze"]
 
+# Eigenpairs, if nobody says how many.
+_DEFAULT_COUNT = 10
 # Of a budget: what the eigenpairs may take, single probes that are kept for the trace, and the
 # fewest Lanczos steps of a probe that make a density.
 _SHARE_OF_EIGENPAIRS = 0.6
@@ -171,7 +173,7 @@ class Analysis(Result):
 @resumable
 def analyze(
     H: Any,
-    k: int = 10,
+    k: int | None = None,
     *,
     which: Which = "LM",
     tol: float = 1e-3,
@@ -202,7 +204,7 @@ def analyze(
     H
         An operator, a torch or NumPy matrix, a SciPy sparse matrix or LinearOperator.
     k, which, tol, ncv, basis
-        As for `eigsh`.
+        As for `eigsh`; k is 10 by default, or n where that is less.
     rtol
         Of trace and Frobenius norm, as for `trace`.
     steps, probes
@@ -244,6 +246,7 @@ def analyze(
     `partial`; one that ends their search has what `eigsh` says.
     """
     operator = as_operator(H)
+    k = min(_DEFAULT_COUNT, operator.space.n) if k is None else k
     # All that later parts would refuse is refused now, before a product; eigsh comes first.
     random_probes.seeded(seed)
     check_tolerances(rtol, None, 0.95, max_matvecs)

@@ -641,3 +641,8 @@ def test_eigenpairs_survive_what_fails_after_them(at):
     pairs = caught.value.partial
     assert pairs.values == pytest.approx(values[:10], rel=1e-5)
     assert pairs.certified
+
+
+def test_of_few_eigenvalues_all_are_computed_by_default():
+    analysis = spectra.analyze(np.diag([3.0, -1.0, 2.0]))
+    assert np.allclose(analysis.eigenpairs.values, [3, 2, -1])

@@ -1546,7 +1546,9 @@ def resumed(path: Path, model: nn.Module, **options: Any) -> Callable[..., Any]:
 
     def ask(hessian: HessianOperator | None = None) -> Any:
         hessian = hessian or HessianOperator(model, LOSS, BATCHES)
-        pairs = spectra.eigsh(hessian, **{"k": 3, "ncv": 12, "tol": 1e-8, **options}, checkpoint=path)
+        pairs = spectra.eigsh(
+            hessian, **{"k": 3, "ncv": 12, "tol": 1e-8, **options}, checkpoint=path
+        )
         return torch.from_numpy(pairs.values)
 
     return ask
