@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["digest", "digest_of"]
+__all__ = ["architecture", "digest", "digest_of"]
 
 _PIECE = 1 << 22
 # Objects within objects: a loss holds a criterion that holds weights.
@@ -34,6 +35,16 @@ def digest(*tensors: Tensor) -> str:
         for piece in _pieces(tensor):
             total.update(piece)
     return total.hexdigest()
+
+
+def architecture(model: nn.Module) -> str:
+    """A digest of what a model says of its modules."""
+    return hashlib.blake2b(_without_addresses(repr(model)), digest_size=8).hexdigest()
+
+
+def _without_addresses(text: str) -> bytes:
+    """As it is in every process: `<function f at 0x7f…>` is the same function."""
+    return re.sub(r"0x[0-9a-f]{6,}", "0x", text).encode()
 
 
 def digest_of(value: Any) -> str:
@@ -66,7 +77,7 @@ def _walk(value: Any, depth: int) -> Iterator[bytes]:
         yield from _pieces(value)
     elif isinstance(value, np.ndarray):
         yield f"{value.dtype}{value.shape}".encode()
-        yield value.tobytes() if value.dtype != object else repr(value).encode()
+        yield value.tobytes() if value.dtype != object else _without_addresses(repr(value))
     elif depth == 0:
         return
     elif isinstance(value, Mapping):
@@ -77,8 +88,7 @@ def _walk(value: Any, depth: int) -> Iterator[bytes]:
         for item in value:
             yield from _walk(item, depth - 1)
     elif isinstance(value, set | frozenset):
-        for text in sorted(map(repr, value)):
-            yield text.encode()
+        yield from sorted(map(_without_addresses, map(repr, value)))
     elif isinstance(value, _CODE):
         yield from _walk_code(value, depth - 1)
     else:
@@ -105,14 +115,21 @@ def _walk_code(value: Any, depth: int) -> Iterator[bytes]:
 
 
 def _walk_object(value: Any, depth: int) -> Iterator[bytes]:
-    if isinstance(value, nn.Module):
-        # Its numbers are those of a criterion; those of the model are told by name elsewhere.
-        yield repr(value).encode()
-        if not any(True for _ in value.parameters()):
-            yield from _walk(dict(value.named_buffers()), depth)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from _walk({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, depth)
-    elif isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
+        return
+    if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
         yield value.__name__.encode()
-    else:
-        yield from _walk(dict(getattr(value, "__dict__", {})), depth)
+        return
+    # Neither what is private, a cache perhaps, nor what a loss notes of its last batch.
+    public = {
+        name: item
+        for name, item in getattr(value, "__dict__", {}).items()
+        if not name.startswith("_") and name != "loss_head"
+    }
+    if isinstance(value, nn.Module):
+        # The numbers of a criterion; those of the model are told by name elsewhere.
+        yield _without_addresses(repr(value))
+        if not any(True for _ in value.parameters()):
+            public |= dict(value.named_buffers())
+    yield from _walk(public, depth)

@@ -37,7 +37,7 @@ from spectra.objective.batches import (
     tensors_of,
     to_device,
 )
-from spectra.objective.identity import digest, digest_of
+from spectra.objective.identity import architecture, digest, digest_of
 from spectra.objective.keeping import (
     buffers_kept,
     checksums,
@@ -457,7 +457,7 @@ class ModelObjective:
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
         modes = {name: module.training for name, module in self.model.named_modules()}
         return {
-            "model": f"{type(self.model).__name__}, digest {digest_of(repr(self.model))}",
+            "model": f"{type(self.model).__name__}, digest {architecture(self.model)}",
             "weights": {name: digest(tensor) for name, tensor in tensors},
             "analysed parameters": list(self.space.names),
             "training modes digest": digest_of(modes),

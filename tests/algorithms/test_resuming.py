@@ -338,7 +338,7 @@ def test_whether_progress_is_shown_is_no_other_option(path):
 def test_another_loss_is_refused(path):
     smooth = spectra.losses.supervised(nn.CrossEntropyLoss(label_smoothing=0.1))
     half_done(path, *network())
-    with pytest.raises(errors.CheckpointError, match="loss"):
+    with pytest.raises(errors.CheckpointError, match="differs: loss"):
         resumed(path, *network(), loss=smooth)
 
 
@@ -352,7 +352,7 @@ def test_another_number_in_the_closure_of_a_loss_is_refused(path):
         return loss
 
     half_done(path, *network(), loss=decayed(0.01))
-    with pytest.raises(errors.CheckpointError, match="loss"):
+    with pytest.raises(errors.CheckpointError, match="differs: loss"):
         resumed(path, *network(), loss=decayed(0.02))
 
 
