@@ -29,7 +29,13 @@ from spectra.analysis import storage
 from spectra.analysis.analyze import Analysis, analyze
 from spectra.analysis.budget import parse_budget
 from spectra.analysis.preflight import check
-from spectra.errors import ArgumentError, ArgumentTypeError, SpectraError, TargetError
+from spectra.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CheckpointError,
+    SpectraError,
+    TargetError,
+)
 from spectra.names import printable
 from spectra.objective.memory import memory_ran_out
 from spectra.operators.base import SymmetricOperator
@@ -112,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("spectra: interrupted", file=sys.stderr)
         return _INTERRUPTED
+    except CheckpointError as error:
+        return _fail(error, _USAGE, "; on the command line, --overwrite does")
     except (ArgumentError, ArgumentTypeError) as error:
         return _fail(error, _USAGE)
     except SpectraError as error:
@@ -161,6 +169,8 @@ def _demo(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
     _check_kind(arguments)
+    if arguments.resume and _is_finished(arguments.out):
+        return functools.partial(_say_finished, arguments)
     checkpoint = _checkpoint(arguments)
     say = _silent if arguments.json else _say
     operator, title, source = _asked_about(arguments, say)
@@ -196,6 +206,25 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
         as_json=arguments.json,
         checkpoint=checkpoint,
     )
+
+
+def _is_finished(directory: Path) -> bool:
+    """It holds a whole run, and nothing to go on from."""
+    try:
+        summary = storage.read_summary(directory)
+    except SpectraError:
+        return False
+    return not (summary.get("partial") or (directory / _CHECKPOINT).exists())
+
+
+def _say_finished(arguments: argparse.Namespace) -> int:
+    """What is in the directory is the answer: for jobs that are started again and again."""
+    summary = storage.read_summary(arguments.out)
+    if arguments.json:
+        _say(json.dumps(summary, indent=1, allow_nan=False))
+    else:
+        _say(f"The run in {arguments.out} is finished: nothing to resume")
+    return _CONVERGED if summary["converged"] else _NOT_CONVERGED
 
 
 def _checkpoint(arguments: argparse.Namespace) -> Path:
@@ -295,8 +324,9 @@ def _telling_how_to_resume(checkpoint: Path | None) -> Iterator[None]:
     """Whatever ends the analysis, what it had computed is not lost: say so."""
     try:
         yield
-    except BaseException:
-        if checkpoint is not None and checkpoint.exists():
+    except BaseException as error:
+        refused = isinstance(error, CheckpointError)
+        if checkpoint is not None and checkpoint.exists() and not refused:
             print(f"spectra: {_how_to_resume(checkpoint)}", file=sys.stderr)
         raise
 

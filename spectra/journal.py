@@ -117,11 +117,16 @@ class Journal:
             if self.resumed:
                 _check_identity(path, self._records[0].meta, header)
                 _check_complete(path, self._records)
+                if self._witness is not None:
+                    # A run that is finished reads it no more.
+                    list(self._file.read(self._witness))
         except BaseException:
             self._file.close()
             raise
         if self._file.torn:
-            self.notes.append("the last record of the checkpoint was cut off, and computed again")
+            self.notes.append(
+                "the last record of the checkpoint was cut off or spoiled, and computed again"
+            )
         # Not the time of day, which may jump.
         self._before = self._seconds_at(len(self._records) - 1)
         self._start = time.monotonic()
@@ -380,7 +385,8 @@ class Journal:
             raise CheckpointError(msg)
         self.notes.append(
             f"resumed where products are rounded differently (by {defect:.1g}, relative): another "
-            "machine or number of threads, or products that are not deterministic"
+            "machine or number of threads, products that are not deterministic, or a change that "
+            "no digest sees and that is no larger"
         )
 
     def _other_course(self, what: str) -> CheckpointError:
@@ -491,6 +497,10 @@ def _signals_to(note: Callable[[str], None]) -> Iterator[None]:
         for each, handler in before.items():
             signal.signal(each, handler)
         note(signal.Signals(number).name)
+        # A program's own handler runs, too; Python's would end the run at once.
+        own = before[signal.Signals(number)]
+        if callable(own) and own is not signal.default_int_handler:
+            own(number, frame)
 
     try:
         for each in (signal.SIGINT, signal.SIGTERM):

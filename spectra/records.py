@@ -6,8 +6,8 @@
 
 A checksum covers the one of the record before, so that none can be lost from the middle, and meta
 holds the checksum of the arrays, which is compared when they are read. Nothing is ever executed or
-unpickled. What a killed process leaves is a file whose last record is cut off: it is dropped.
-Anything else that is not as it was written is refused.
+unpickled. What a killed process or a lost power leaves is a file whose last record is cut off, or
+not whole: it is dropped. Anything else that is not as it was written is refused.
 """
 
 from __future__ import annotations
@@ -214,6 +214,27 @@ class RecordFile:
         parts, _ = _record(_with_arrays(meta, arrays), arrays, check)
         yield from parts
 
+    def _only_zeros_follow(self, head: bytes, end: int) -> bool:
+        """Where the power was lost, the last blocks of a file may be there without content."""
+        if not head.endswith(b"\0"):
+            return False
+        self._file.seek(end + _HEAD.size)
+        while piece := self._file.read(_PIECE):
+            if piece.strip(b"\0"):
+                self._file.seek(end + _HEAD.size)
+                return False
+        self._file.seek(end + _HEAD.size)
+        return True
+
+    def _is_whole(self, record: Record) -> bool:
+        """Whether the arrays are what was written; of the last record, before it is relied on."""
+        try:
+            for _ in self.read(record):
+                pass
+        except StorageError:
+            return False
+        return True
+
     def _opened(self) -> BinaryIO:
         path = self.path
         # A pipe would wait for a writer, a device may not end.
@@ -254,10 +275,10 @@ class RecordFile:
         end, check = len(_MAGIC), b""
         self.torn = False
         while end < length:
-            if end + _HEAD.size > length:
+            head = file.read(_HEAD.size)
+            if len(head) < _HEAD.size or self._only_zeros_follow(head, end):
                 self.torn = True
                 break
-            head = file.read(_HEAD.size)
             meta_length, size, head_check, meta_check = _HEAD.unpack(head)
             if head_check != _digest(head[:16], check)[:8] or meta_length > _MOST_META:
                 raise _damaged(path, f"the record at byte {end} is not what was written")
@@ -267,8 +288,15 @@ class RecordFile:
                 break
             content = file.read(meta_length)
             if meta_check != _digest(head[:16] + content, check):
+                if start + size == length:
+                    self.torn = True
+                    break
                 raise _damaged(path, f"the record at byte {end} is not what was written")
-            self.records.append(Record(_checked_meta(path, content, size), start, size))
+            record = Record(_checked_meta(path, content, size), start, size)
+            if start + size == length and not self._is_whole(record):
+                self.torn = True
+                break
+            self.records.append(record)
             end, check = start + size, meta_check
             file.seek(end)
         if not self.records:

@@ -101,15 +101,21 @@ def test_an_unfinished_run_is_not_overwritten_by_accident(run):
 def test_other_options_do_not_go_on(run):
     run(event="ValueError")
     status, said = run("--resume", "--seed", "5")
-    assert status == 3
-    assert "option seed (0 before, 5 now)" in said.err
-
-
-def test_resume_begins_where_there_is_nothing_and_refuses_a_finished_run(run):
-    assert run("--resume")[0] in {0, 1}
-    status, said = run("--resume")
     assert status == 2
-    assert "holds a run already" in said.err
+    assert "option seed (0 before, 5 now)" in said.err
+    assert "--overwrite" in said.err
+    # Not both at once.
+    assert "goes on from it" not in said.err
+
+
+def test_resume_begins_where_there_is_nothing_and_ends_where_all_is_done(run):
+    first = run("--resume")[0]
+    before = summary()
+    again, said = run("--resume")
+    assert again == first
+    assert "nothing to resume" in said.out
+    assert summary() == before
+    assert json.loads(run("--resume", "--json")[1].out) == before
 
 
 def test_handlers_of_signals_are_as_before(run):

@@ -94,7 +94,8 @@ def _path(checkpoint: Any) -> Path:
     if not isinstance(checkpoint, str | Path) or not str(checkpoint):
         msg = f"checkpoint={checkpoint!r}; expected the path of a file"
         raise ArgumentTypeError(msg)
-    path = Path(checkpoint)
+    # Whatever the run does to the working directory.
+    path = Path(checkpoint).absolute()
     if path.is_dir():
         msg = f"checkpoint={str(checkpoint)!r} is a directory; name a file in it"
         raise ArgumentError(msg)

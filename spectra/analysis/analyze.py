@@ -218,7 +218,8 @@ def analyze(
     preflight
         Whether the operator is checked first, as `check` does. "warn": a Hessian, where the run
         will take more than a minute and four products are a small part of it; what is wrong is in
-        the notes. "strict": always, and it ends the run. "off": never.
+        the notes. "strict": always, and it ends the run. "off": never. Beside a budget of
+        products, not out of it.
     max_matvecs
         Most single probes for trace and Frobenius norm together.
     seed

@@ -51,7 +51,8 @@ def checked_before(
         return []
     # A run that is resumed has been checked, and its clock would tell another length.
     decide = functools.partial(_concerns, ledger, operator, preflight, seed)
-    return ledger.timed("preflight", lambda: remember("preflight", decide))
+    # Nor may the speed of a machine decide what a budget of products is spent on.
+    return ledger.beside("preflight", lambda: remember("preflight", decide))
 
 
 def _concerns(

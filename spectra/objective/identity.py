@@ -37,6 +37,11 @@ def digest(*tensors: Tensor) -> str:
     return total.hexdigest()
 
 
+def _encoded(text: str) -> bytes:
+    # Names may hold halves of surrogate pairs.
+    return text.encode("utf-8", "surrogatepass")
+
+
 def architecture(model: nn.Module) -> str:
     """A digest of what a model says of its modules."""
     return hashlib.blake2b(_without_addresses(repr(model)), digest_size=8).hexdigest()
@@ -44,7 +49,7 @@ def architecture(model: nn.Module) -> str:
 
 def _without_addresses(text: str) -> bytes:
     """As it is in every process: `<function f at 0x7f…>` is the same function."""
-    return re.sub(r"0x[0-9a-f]{6,}", "0x", text).encode()
+    return _encoded(re.sub(r"0x[0-9a-f]{6,}", "0x", text))
 
 
 def digest_of(value: Any) -> str:
@@ -70,9 +75,9 @@ def _pieces(tensor: Tensor) -> Iterator[bytes]:
 
 def _walk(value: Any, depth: int) -> Iterator[bytes]:
     """What is seen of a value, as bytes; of objects that are too deep, their type."""
-    yield type(value).__qualname__.encode()
+    yield _encoded(type(value).__qualname__)
     if value is None or isinstance(value, _PLAIN):
-        yield repr(value).encode()
+        yield _encoded(repr(value))
     elif isinstance(value, Tensor):
         yield from _pieces(value)
     elif isinstance(value, np.ndarray):
@@ -99,14 +104,14 @@ def _walk_code(value: Any, depth: int) -> Iterator[bytes]:
     """What a function computes, and with what."""
     if isinstance(value, types.CodeType):
         yield value.co_code
-        yield repr(value.co_names).encode()
+        yield _encoded(repr(value.co_names))
         parts: Any = value.co_consts
     elif isinstance(value, types.MethodType):
         parts = (value.__func__, value.__self__)
     elif isinstance(value, functools.partial):
         parts = (value.func, value.args, value.keywords)
     else:
-        yield value.__qualname__.encode()
+        yield _encoded(value.__qualname__)
         # A cell may be empty still: that of a function which refers to itself.
         cells = [getattr(cell, "cell_contents", None) for cell in value.__closure__ or ()]
         parts = (value.__code__, value.__defaults__, value.__kwdefaults__, *cells)
@@ -119,7 +124,7 @@ def _walk_object(value: Any, depth: int) -> Iterator[bytes]:
         yield from _walk({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, depth)
         return
     if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
-        yield value.__name__.encode()
+        yield _encoded(value.__name__)
         return
     # Neither what is private, a cache perhaps, nor what a loss notes of its last batch.
     public = {

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectra.errors import StochasticModelError
+from spectra.errors import LossError, StochasticModelError
 
 __all__ = [
     "buffers_kept",
     "checksums",
     "gradients_on",
+    "gradients_put_aside",
     "moved",
     "random_draws_refused",
     "random_state_kept",
@@ -26,6 +27,7 @@ __all__ = [
     "without_hooks",
 ]
 
+_STATISTICAL = nn.modules.batchnorm._NormBase
 # Entries in one sum: few enough that single precision shows any change that matters. Their weights
 # differ, so that entries that change places show too.
 _PIECE = 1 << 12
@@ -53,7 +55,14 @@ def random_draws_refused(device: torch.device, what: str, cure: str) -> Iterator
     """Refuse draws from the global generators, unless they were seeded anew: then they repeat."""
     generators = _generators(device)
     before = [(g.initial_seed(), g.get_state()) for g in generators]
+    others = _states_beside_torch()
     yield
+    if _states_beside_torch() != others:
+        msg = (
+            f"{what} drew random numbers from NumPy's or Python's generator, so that it is another "
+            f"function every time. {cure}"
+        )
+        raise StochasticModelError(msg)
     for generator, (seed, state) in zip(generators, before, strict=True):
         if generator.initial_seed() == seed and not torch.equal(generator.get_state(), state):
             msg = (
@@ -61,6 +70,11 @@ def random_draws_refused(device: torch.device, what: str, cure: str) -> Iterator
                 f"that it is another function every time. {cure}"
             )
             raise StochasticModelError(msg)
+
+
+def _states_beside_torch() -> tuple[Any, ...]:
+    kind, key, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - that is what may be drawn from
+    return kind, np.asarray(key).tobytes(), *rest, random.getstate()
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
@@ -162,7 +176,14 @@ def moved(parameters: list[Tensor], by: list[Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put buffers back as they were (running statistics, counters), replaced ones included."""
+    """Put buffers back as they were (running statistics, counters), replaced ones included.
+
+    Raises
+    ------
+    StochasticModelError
+        Statistics were changed of a module that is not in training mode, but was for a while.
+    """
+    toggled = ""
     kept = [
         (module, name, buffer, buffer._version, buffer.detach().clone())
         for module in model.modules()
@@ -175,12 +196,50 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, version, copy in kept:
                 # Batch norm changes its statistics without counting it as a new version.
-                if buffer._version != version or (
-                    module.training and not torch.equal(buffer, copy)
-                ):
+                norm = isinstance(module, _STATISTICAL)
+                changed = (module.training or norm) and not torch.equal(buffer, copy)
+                if changed and not module.training:
+                    toggled = next(n for n, m in model.named_modules() if m is module)
+                if changed or buffer._version != version:
                     # Through .data, which counts as no version: retained graphs stay valid.
                     buffer.data.copy_(copy)
                 module._buffers[name] = buffer
+    if toggled:
+        msg = (
+            f"the loss puts module {toggled!r} into training mode for a while: its statistics, and "
+            "the loss with them, depend on the batch. Leave the mode to the caller; training mode "
+            "takes model.train() before, and allow_training_mode=True"
+        )
+        raise StochasticModelError(msg)
+
+
+@contextlib.contextmanager
+def gradients_put_aside(model: nn.Module, what: str) -> Iterator[None]:
+    """Keep the `.grad` of parameters from a loss that calls backward() by itself.
+
+    Raises
+    ------
+    LossError
+        It did.
+    """
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    called = False
+    try:
+        for parameter, gradient in before:
+            if gradient is not None:
+                parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in before:
+            called = called or parameter.grad is not None
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+    if called:
+        msg = (
+            f"evaluating {what} called backward(), which adds to .grad; return the loss, without "
+            "its gradient"
+        )
+        raise LossError(msg)
 
 
 @contextlib.contextmanager

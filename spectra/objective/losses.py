@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spectra.errors import ArgumentError, ArgumentTypeError, DataError
+from spectra.errors import ArgumentError, ArgumentTypeError, DataError, LossError
 from spectra.objective.batches import tensors_of
 from spectra.objective.cross_entropy import linear_cross_entropy
 from spectra.objective.heads import token_cross_entropy
@@ -50,6 +50,14 @@ _PER_ENTRY = {
     functional.huber_loss,
     functional.binary_cross_entropy,
     functional.binary_cross_entropy_with_logits,
+}
+# These accept tensors of different shapes.
+_BROADCASTING = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+_BROADCASTING_FUNCTIONS = {
+    functional.mse_loss,
+    functional.l1_loss,
+    functional.smooth_l1_loss,
+    functional.huber_loss,
 }
 _PER_TARGET = {functional.cross_entropy, functional.nll_loss}
 
@@ -149,7 +157,23 @@ class Supervised:
             predictions = model(*inputs)
         else:
             predictions = model(inputs)
+        self._refuse_broadcasting(predictions, targets)
         return self.criterion(predictions, targets)
+
+    def _refuse_broadcasting(self, predictions: Any, targets: Any) -> None:
+        """(B, 1) beside (B,) would be compared as (B, B): every prediction with every target."""
+        criterion = self.criterion
+        if not (isinstance(criterion, _BROADCASTING) or criterion in _BROADCASTING_FUNCTIONS):
+            return
+        if not (isinstance(predictions, Tensor) and isinstance(targets, Tensor)):
+            return
+        if predictions.shape != targets.shape:
+            msg = (
+                f"the model's predictions have the shape {tuple(predictions.shape)} and the "
+                f"targets {tuple(targets.shape)}: {self!r} would compare each of one with several "
+                "of the other; give them one shape (targets.unsqueeze(1), model(x).squeeze(1))"
+            )
+            raise LossError(msg)
 
     def weight(self, batch: Any) -> float:
         """Number of terms in the mean of this batch."""
@@ -277,25 +301,34 @@ def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def number_of_samples(batch: Any) -> float:
-    """Length of the first dimension of the first tensor in a batch: the default weight.
+    """Length of the first dimension, which the tensors of a batch share: the default weight.
 
     A batch that is None (a loss that brings its own data) has weight 1.
 
     Raises
     ------
     DataError
-        The batch holds no tensor to count samples in.
+        The batch holds no tensor to count samples in, or tensors of several lengths.
     """
     if batch is None:
         return 1.0
-    tensor = next(iter(tensors_of(batch)), None)
-    if tensor is None:
+    lengths = {tensor.shape[0] if tensor.dim() else None for tensor in tensors_of(batch)}
+    if not lengths:
         msg = (
             f"cannot tell how many samples a {type(batch).__name__} holds, because there is no "
             "tensor in it; pass weight=, a function of the batch"
         )
         raise DataError(msg)
-    return float(tensor.shape[0]) if tensor.dim() else 1.0
+    if len(lengths) > 1:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(batch)[:6])
+        msg = (
+            f"cannot tell how many samples a batch has whose tensors have the shapes {shapes}: "
+            "their first dimensions differ. Pass weight=, a function of the batch that counts the "
+            "terms in its mean, such as lambda batch: len(batch[1])"
+        )
+        raise DataError(msg)
+    length = lengths.pop()
+    return 1.0 if length is None else float(length)
 
 
 def _class_weight(targets: Tensor, ignore_index: int, class_weights: Tensor | None) -> float:

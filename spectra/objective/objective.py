@@ -42,6 +42,7 @@ from spectra.objective.keeping import (
     buffers_kept,
     checksums,
     gradients_on,
+    gradients_put_aside,
     moved,
     random_draws_refused,
     random_state_kept,
@@ -313,6 +314,8 @@ class ModelObjective:
         self._reversed = False
         self._loss_head: str | None = None
         self._allow_training_mode = allow_training_mode
+        # A loss that says of itself that it can be split is believed; masks differ between parts.
+        self._split_checked = self.separable or allow_training_mode
         self._compute_dtype = compute_dtype
         selected = select_parameters(model, params)
         self.parameters = self.stored = list(selected.values())
@@ -338,6 +341,8 @@ class ModelObjective:
             count += 1
             label = f"batch {index}"
             moved = to_device(batch, label, self.space.device, self._compute_dtype)
+            if self.microbatch is not None and not self._split_checked:
+                self._check_split(moved, label)
             for place, piece in enumerate(self._split(moved, label)):
                 name = label if self.microbatch is None else f"{label}, microbatch {place}"
                 weight = self._weight_of(piece, name)
@@ -400,6 +405,7 @@ class ModelObjective:
             random_state_kept(self._data),
             buffers_kept(self.model),
             requiring_grad(self.model, self.stored),
+            gradients_put_aside(self.model, self.function_name),
             without_hooks(self.stored, self.model),
         ):
             # A loader that shuffles, and perhaps drops the rest, gives every pass the same batches.
@@ -458,6 +464,10 @@ class ModelObjective:
         modes = {name: module.training for name, module in self.model.named_modules()}
         return {
             "model": f"{type(self.model).__name__}, digest {architecture(self.model)}",
+            "code of": {
+                kind.__qualname__: digest_of(kind.forward)
+                for kind in {type(module): None for module in self.model.modules()}
+            },
             "weights": {name: digest(tensor) for name, tensor in tensors},
             "analysed parameters": list(self.space.names),
             "training modes digest": digest_of(modes),
@@ -536,6 +546,35 @@ class ModelObjective:
             msg = f"the weight of {label} is {weight}; expected a finite number of terms >= 0"
             raise DataError(msg)
         return weight
+
+    def _check_split(self, batch: Any, label: str) -> None:
+        """Refuse microbatches of a loss that is another function on parts of a batch."""
+        pieces = list(self._split(batch, label))
+        if len(pieces) < 2:
+            return
+        weights = [self._weight_of(piece, label) for piece in pieces]
+        counted = [(w, piece) for w, piece in zip(weights, pieces, strict=True) if w > 0]
+        try:
+            with torch.no_grad():
+                whole = float(self._loss(self.model, batch))
+                parts = [float(self._loss(self.model, piece)) for _, piece in counted]
+        except Exception:
+            # The memory may not be there for a whole batch; what else is wrong is told in its turn.
+            self._split_checked = True
+            return
+        self._split_checked = True
+        total = math.fsum(w * part for (w, _), part in zip(counted, parts, strict=True))
+        split = total if self.reduction == "sum" else total / math.fsum(w for w, _ in counted)
+        largest = max([abs(whole), *map(abs, parts)])
+        eps = max((torch.finfo(p.dtype).eps for p in self.stored), default=0.0)
+        if abs(whole - split) > math.sqrt(eps) * largest:
+            msg = (
+                f"{self.function_name} of {label} is {whole:.6g}, and {split:.6g} when it is put "
+                f"together from microbatches of {self.microbatch}: it is no weighted mean over "
+                "samples. Leave microbatch out; or if it is a sum, pass reduction='sum'; or tell "
+                "how many terms a batch has with weight="
+            )
+            raise LossError(msg)
 
     def _split(self, batch: Any, label: str) -> Iterator[Any]:
         size = self.microbatch

@@ -180,7 +180,25 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, T
     if not any(parameter.numel() for parameter in selected.values()):
         msg = f"the {len(selected)} selected parameters have no entries: all are of size 0"
         raise ParameterSelectionError(msg)
+    _refuse_shared_memory(selected)
     return selected
+
+
+def _refuse_shared_memory(selected: Mapping[str, Tensor]) -> None:
+    """Two parameters on one memory are one parameter to a loss, and two to a derivative."""
+    places: dict[tuple[torch.device, int], str] = {}
+    for name, parameter in selected.items():
+        if parameter.numel() == 0 or parameter.data_ptr() == 0:
+            continue
+        place = (parameter.device, parameter.data_ptr())
+        if place in places:
+            msg = (
+                f"parameters {places[place]!r} and {name!r} are two on the same memory, so that a "
+                "change of one changes the other; tie them by making them one parameter "
+                "(module.b = module.a), or give one its own memory"
+            )
+            raise ParameterSelectionError(msg)
+        places[place] = name
 
 
 def stand_ins(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

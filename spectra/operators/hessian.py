@@ -50,7 +50,8 @@ class HessianOperator(SymmetricOperator):
         default is the loss's own (`supervised` reads it off the criterion), else "mean".
     weight
         Number of terms in the mean of a batch, as a function of the batch. The default is the
-        loss's own, else the number of samples (length of the batch's first tensor).
+        loss's own, else the number of samples: the first dimension, which all tensors of a batch
+        then have to share.
     graph
         "auto": the gradient's graphs of as many batches as `memory_budget` holds are built once and
         kept; the others are built anew for every product, which costs half as much again.

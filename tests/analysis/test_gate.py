@@ -72,12 +72,12 @@ def test_a_slow_first_gradient_does_not_make_a_run_long():
     assert "preflight" not in analysis.matvecs
 
 
-def test_within_a_small_budget_nothing_is_checked_and_the_checks_count(slow):
+def test_within_a_small_budget_nothing_is_checked_and_the_checks_come_on_top(slow):
     small = spectra.analyze(operator(), k=2, budget=40)
     assert "preflight" not in small.matvecs
     large = spectra.analyze(operator(), k=2, budget=90)
     assert large.matvecs["preflight"] == 4
-    assert large.total_matvecs <= 90
+    assert large.total_matvecs - 4 <= 90
 
 
 def test_matrices_are_checked_on_request_only(slow):

@@ -1656,7 +1656,7 @@ def _() -> Asked:
 
 @refused(SAVED, "with one bit changed", errors.StorageError, "is damaged")
 def _() -> Asked:
-    path, model = begun(flipped(-200))
+    path, model = begun(flipped(2000))
     return Asked(resumed(path, model), (model,))
 
 

@@ -536,11 +536,33 @@ def test_a_class_that_does_not_exist_is_refused_with_the_batch():
         (torch.tensor(3.0), 1),
         ((["a", "b"], torch.ones(4)), 4),
         ({"name": "x", "ids": torch.ones(3, 9)}, 3),
-        ([{"a": (torch.ones(2), torch.ones(7))}], 2),
+        ([{"a": (torch.ones(2), torch.ones(2, 7))}], 2),
     ],
 )
-def test_samples_are_counted_in_the_first_tensor(batch, count):
+def test_samples_are_counted_in_the_first_dimension(batch, count):
     assert number_of_samples(batch) == count
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [{"a": (torch.ones(2), torch.ones(7))}],
+        {"step": torch.tensor(3), "x": torch.ones(5, 2), "y": torch.ones(5)},
+        {"class_weight": torch.ones(3), "x": torch.ones(5, 2), "y": torch.ones(5)},
+    ],
+)
+def test_a_batch_of_tensors_of_several_lengths_needs_a_weight(batch):
+    with pytest.raises(DataError, match=r"first dimensions differ\. Pass weight="):
+        number_of_samples(batch)
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.HuberLoss(), functional.l1_loss])
+def test_predictions_are_not_compared_with_targets_of_another_shape(criterion):
+    hessian = HessianOperator(
+        nn.Linear(3, 1), supervised(criterion), [(torch.ones(5, 3), torch.ones(5))]
+    )
+    with pytest.raises(LossError, match=r"\(5, 1\) and the targets \(5,\).*unsqueeze"):
+        hessian.value()
 
 
 @pytest.mark.parametrize("batch", ["text", [1, 2], {"a": "b"}, ()])

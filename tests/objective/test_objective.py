@@ -578,8 +578,9 @@ def test_tensors_are_found_in_any_nesting():
     batch = Pair({"in": x, "name": "wine"}, [(None, y), 3])
     operator = HessianOperator(tanh_mlp(), loss, [batch], microbatch=100)
     operator.value()
-    assert [type(b) for b in seen] == [Pair, Pair]
-    assert [len(b.x["in"]) for b in seen] == [100, 78]
+    assert {type(b) for b in seen} == {Pair}
+    # Before, the whole and its parts: is the loss a mean over samples?
+    assert [len(b.x["in"]) for b in seen] == [178, 100, 78, 100, 78]
     assert seen[0].x["name"] == "wine"
     assert seen[0].extra[1] == 3
 
@@ -816,3 +817,79 @@ def test_a_choice_of_experts_is_noted_as_long_as_it_is_one(top_k, noted):
         assert (
             f"module '0' (Routed) sends each token to {top_k} of 3 experts (and 1 more" in notes[0]
         )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1], reduction="sum"),
+        lambda model, batch: (model(batch[0]) @ model(batch[0]).T).square().mean(),
+    ],
+    ids=["a sum", "samples compared with one another"],
+)
+def test_microbatches_of_a_loss_that_is_no_mean_over_samples_are_refused(loss):
+    operator = HessianOperator(tanh_mlp(), loss, batches(), microbatch=7)
+    with pytest.raises(LossError, match="put together from microbatches of 7"):
+        operator.gradient()
+
+
+def test_microbatches_of_a_sum_that_is_called_one_are_right():
+    def loss(model, batch):
+        return functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+    model = tanh_mlp()
+    whole, split = (
+        HessianOperator(model, loss, batches(), reduction="sum", microbatch=size).gradient()
+        for size in (None, 7)
+    )
+    torch.testing.assert_close(whole, split, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("draw", [np.random.rand, random.random])
+def test_numbers_of_other_generators_than_pytorch_s_are_refused(draw):
+    def loss(model, batch):
+        return functional.cross_entropy(model(batch[0]), batch[1]) * (1 + draw())
+
+    with pytest.raises(StochasticModelError, match="NumPy's or Python's generator"):
+        HessianOperator(tanh_mlp(), loss, batches()).value()
+
+
+def test_a_loss_that_goes_into_training_mode_for_a_while_is_refused_and_changes_nothing():
+    x, y = wine()
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def loss(model, batch):
+        model.train()
+        value = functional.cross_entropy(model(batch[0]), batch[1])
+        model.eval()
+        return value
+
+    with pytest.raises(StochasticModelError, match="module '1' into training mode for a while"):
+        HessianOperator(model, loss, [(x, y)]).gradient()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_loss_that_calls_backward_is_refused_and_changes_no_gradient():
+    model = tanh_mlp()
+    kept = torch.ones_like(model[0].weight)
+    model[0].weight.grad = kept
+
+    def loss(model, batch):
+        value = functional.cross_entropy(model(batch[0]), batch[1])
+        value.backward(retain_graph=True)
+        return value
+
+    with pytest.raises(LossError, match=r"called backward\(\)"):
+        HessianOperator(model, loss, batches()).gradient()
+    assert model[0].weight.grad is kept
+    assert bool((kept == 1).all())
+    assert model[2].weight.grad is None
+
+
+def test_two_parameters_on_one_memory_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    with pytest.raises(ParameterSelectionError, match=r"'0\.weight' and '1\.weight' are two"):
+        HessianOperator(model, LOSS, batches())
