@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from spectra import HessianOperator
-from spectra.errors import ArgumentError, ArgumentTypeError, DataError
+from spectra.errors import ArgumentError, ArgumentTypeError, DataError, LossError
 from spectra.objective.losses import (
     causal_lm,
     classification,
