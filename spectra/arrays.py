@@ -21,7 +21,7 @@ from torch import Tensor
 from spectra.documents import parse
 from spectra.files import open_file
 
-__all__ = ["arrays_checksum", "arrays_file", "read_arrays"]
+__all__ = ["arrays_checksum", "arrays_file", "bytes_of", "read_arrays"]
 
 _DTYPES = {
     "F64": torch.float64,
@@ -82,7 +82,7 @@ def arrays_file(arrays: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        yield _bytes_of(arrays[name])
+        yield bytes_of(arrays[name])
 
 
 def arrays_checksum(arrays: Mapping[str, Tensor]) -> str:
@@ -169,7 +169,7 @@ def _read(file: BinaryIO, entry: _Entry, digest: Any) -> Tensor:
     except (RuntimeError, MemoryError) as error:
         msg = f"array {entry.name[:80]!r} of shape {entry.shape[:8]} cannot be held: {error}"
         raise ValueError(msg) from error
-    rest = _bytes_of(array)
+    rest = bytes_of(array)
     while rest:
         count = file.readinto(rest)  # type: ignore[attr-defined]
         if not count:
@@ -180,8 +180,8 @@ def _read(file: BinaryIO, entry: _Entry, digest: Any) -> Tensor:
     return array
 
 
-def _bytes_of(array: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+def bytes_of(array: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, to be read or written."""
     # One number may have any stride, and is viewed as bytes only with the stride 1.
     flat = array.detach().reshape(-1).as_strided((array.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data

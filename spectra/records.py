@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from spectra.arrays import bytes_of
 from spectra.errors import StorageError
 from spectra.files import replace_file, sync_directory
 
@@ -146,7 +147,7 @@ class RecordFile:
             self._file.seek(record.start)
             for name, shape in record.meta.get("arrays", ()):
                 array = torch.empty(shape, dtype=_DTYPES[name])
-                buffer = _bytes_of(array)
+                buffer = bytes_of(array)
                 if self._file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
                     raise _damaged(self.path, "it ends within a record")
                 digest.update(buffer)
@@ -312,7 +313,7 @@ def _record(
     meta: dict[str, Any], arrays: Sequence[Tensor], before: bytes
 ) -> tuple[list[Buffer], bytes]:
     """A record's bytes, and its checksum."""
-    buffers = [_bytes_of(array) for array in arrays]
+    buffers = [bytes_of(array) for array in arrays]
     head, check = _head(meta, sum(map(len, buffers)), before)
     return [*head, *buffers], check
 
@@ -329,7 +330,7 @@ def _with_arrays(meta: dict[str, Any], arrays: Sequence[Tensor]) -> dict[str, An
         return meta
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
-        digest.update(_bytes_of(array))
+        digest.update(bytes_of(array))
     shapes = [[str(a.dtype).removeprefix("torch."), list(a.shape)] for a in arrays]
     return {**meta, "arrays": shapes, "digest": digest.hexdigest()}
 
@@ -358,14 +359,6 @@ def _product(shape: list[int]) -> int:
             raise ValueError(length)
         total *= length
     return total
-
-
-def _bytes_of(array: Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory."""
-    # A single entry may have any stride, which a view of its bytes does not take.
-    flat = array.detach().reshape(-1).as_strided((array.numel(),), (1,))
-    bytes_: Any = flat.view(torch.uint8).numpy()
-    return memoryview(bytes_) if len(flat) else memoryview(bytearray())
 
 
 def _digest(content: bytes, before: bytes) -> bytes:
