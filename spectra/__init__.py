@@ -29,6 +29,7 @@ from spectra.errors import SpectraError
 from spectra.objective import losses
 from spectra.objective.parameters import ParameterSpace
 from spectra.operators.base import as_operator
+from spectra.operators.gauss_newton import GaussNewtonOperator
 from spectra.operators.hessian import HessianOperator
 from spectra.oracle.recompute import recompute
 from spectra.results import load
@@ -42,6 +43,7 @@ __all__ = [
     "DiagonalEstimate",
     "Eigenpairs",
     "Estimate",
+    "GaussNewtonOperator",
     "HessianOperator",
     "ParameterSpace",
     "Preflight",

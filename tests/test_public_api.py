@@ -24,6 +24,7 @@ PROMISED = [
     "Analysis",
     "Eigenpairs",
     "Estimate",
+    "GaussNewtonOperator",
     "HessianOperator",
     "ParameterSpace",
     "SpectraError",

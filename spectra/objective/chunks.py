@@ -38,13 +38,15 @@ def sum_in_chunks(
     size: int,
     steps: tuple[Step, ...],
     ignore_index: int,
+    linearised: bool = False,
 ) -> Tensor:
     """Sum of ℓ over tokens (n, d) with targets (n,), the logits of `size` tokens at a time.
 
-    The logits are W x + b with `steps` applied to them one after the other.
+    The logits are W x + b with `steps` applied to them one after the other; `linearised`: as if
+    they were linear in x, W and b.
     """
-    tokens = _Tokens(targets, size, steps, ignore_index)
-    if len(targets) <= size:
+    tokens = _Tokens(targets, size, steps, ignore_index, linearised)
+    if len(targets) <= size and not linearised:
         return tokens.value(functional.linear(hidden, weight, bias), targets)
     total: Tensor = _Sum.apply(tokens, hidden, weight, bias)
     return total
@@ -63,6 +65,7 @@ class _Tokens:
     size: int
     steps: tuple[Step, ...]
     ignore_index: int
+    linearised: bool
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Places of the tokens of each chunk, and their targets."""
@@ -96,7 +99,7 @@ class _Tokens:
         if slopes is None:
             return residuals, change
         change.mul_(slopes)
-        if bends is not None:
+        if bends is not None and not self.linearised:
             change.addcmul_(bends.mul_(along), residuals)
         return residuals.mul_(slopes), change
 
@@ -194,7 +197,9 @@ class _Gradient(torch.autograd.Function):
             change = change.mul_(cotangent).to(x.dtype)
             residuals = residuals.mul_(cotangent).to(x.dtype)
             sums.add(place, change, x, weight)
-            sums.add(place, residuals, vectors, along_weight)
+            if not ctx.tokens.linearised:
+                # What the product W x adds to the curvature, being no linear function.
+                sums.add(place, residuals, vectors, along_weight)
             sums.add_to_bias(change)
         return None, None, by_cotangent, *sums.finished()
 

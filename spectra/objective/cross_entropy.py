@@ -109,6 +109,7 @@ def chunked_cross_entropy(
     steps: tuple[Step, ...] = (),
     ignore_index: int,
     reduction: str = "mean",
+    linearised: bool = False,
 ) -> Tensor:
     """`linear_cross_entropy` of logits to which some steps are applied first, unchecked."""
     targets = targets.reshape(-1)
@@ -125,6 +126,7 @@ def chunked_cross_entropy(
         size=tokens_in_a_chunk(len(weight), hidden),
         steps=steps,
         ignore_index=ignore_index,
+        linearised=linearised,
     )
     return total / len(targets) if reduction == "mean" else total
 

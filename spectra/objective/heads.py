@@ -25,6 +25,7 @@ from spectra.objective.cross_entropy import (
     tokens_in_a_chunk,
 )
 from spectra.objective.keeping import buffers_kept, gradients_on, random_state_kept
+from spectra.objective.linearised import as_it_is, is_linearising, linearise
 
 __all__ = ["token_cross_entropy"]
 
@@ -78,12 +79,13 @@ def token_cross_entropy(
             why_not = str(reason)
         else:
             loss = chunked_cross_entropy(
-                call.hidden,
+                linearise(call.hidden),
                 targets,
                 call.weight,
                 call.bias,
                 steps=steps,
                 ignore_index=ignore_index,
+                linearised=is_linearising(),
             )
             size = tokens_in_a_chunk(len(call.weight), call.hidden)
             return loss, f"in chunks of {size} tokens"
@@ -128,7 +130,7 @@ def _find_head(
     model: nn.Module, inputs: Mapping[str, Any], shape: torch.Size, candidates: list[nn.Linear]
 ) -> tuple[nn.Linear, tuple[Step, ...]]:
     """The layer that the logits come from and the steps to them, by a trial without a trace."""
-    with gradients_on(), random_state_kept(), buffers_kept(model):
+    with gradients_on(), random_state_kept(), buffers_kept(model), as_it_is():
         few = {key: _cut(key, value, shape) for key, value in inputs.items()}
         try:
             logits, calls = _marked_logits(model, few, candidates)

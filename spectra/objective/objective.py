@@ -51,6 +51,7 @@ from spectra.objective.keeping import (
     versions,
     without_hooks,
 )
+from spectra.objective.linearised import linearising
 from spectra.objective.losses import number_of_samples
 from spectra.objective.memory import memory_ran_out
 from spectra.objective.modes import discontinuous_modules, stochastic_modules
@@ -276,6 +277,7 @@ class ModelObjective:
         allow_training_mode: bool = False,
         dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
+        linearised: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             msg = (
@@ -317,6 +319,7 @@ class ModelObjective:
         # A loss that says of itself that it can be split is believed; masks differ between parts.
         self._split_checked = self.separable or allow_training_mode
         self._compute_dtype = compute_dtype
+        self._linearised = linearised
         selected = select_parameters(model, params)
         self.parameters = self.stored = list(selected.values())
         if compute_dtype is not None:
@@ -386,7 +389,10 @@ class ModelObjective:
         if not self._allow_training_mode:
             what = f"evaluating {self.function_name} on {part.label}"
             refused = random_draws_refused(self.space.device, what, _EVAL_OR_ALLOW)
-        with refused:
+        linear: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._linearised:
+            linear = linearising(self.model, self.function_name)
+        with refused, linear:
             value = _checked_loss(lambda: self._loss(self.model, part.batch), part)
         # Of the losses that make logits in chunks: what they did on the last batch that was large.
         head = getattr(self._loss, "loss_head", None)
@@ -476,6 +482,7 @@ class ModelObjective:
             "reduction": self.reduction,
             "microbatch": self.microbatch,
             "compute_dtype": str(self._compute_dtype),
+            "linearised": self._linearised,
         }
 
     def describe(self) -> dict[str, Any]:

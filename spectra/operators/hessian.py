@@ -108,6 +108,8 @@ class HessianOperator(SymmetricOperator):
     """
 
     space: ParameterSpace
+    # Whether the model is linearised, which makes the Hessian the Gauss-Newton matrix.
+    _linearised = False
 
     def __init__(
         self,
@@ -144,6 +146,7 @@ class HessianOperator(SymmetricOperator):
                 # In another dtype the vectors have that one, too.
                 dtype=computing_in or dtype,
                 compute_dtype=computing_in or compute_dtype,
+                linearised=self._linearised,
             )
 
         batches = reiterable(data, hold_data=hold_data)

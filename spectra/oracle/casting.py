@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from spectra.errors import LossError
-from spectra.oracle import diagnose
+from spectra.objective.nodes import graph_nodes
 from spectra.oracle.recompute import Site, run_segment
 from spectra.oracle.segments import attributes_replaced
 
@@ -84,7 +84,7 @@ class Casting:
         ------
         LossError
         """
-        for node in diagnose.graph_nodes([loss]):
+        for node in graph_nodes([loss]):
             variable = getattr(node, "variable", None)
             if variable is not None and variable in self._stand_ins:
                 name = next(n for n, p in self._model.named_parameters() if p is variable)

@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 from spectra.errors import DoubleBackwardError
+from spectra.objective.nodes import graph_nodes
 
 __all__ = [
     "explain_failure",
-    "graph_nodes",
     "locate_culprit",
     "refuse_bad_modules",
     "refuse_bad_nodes",
@@ -227,19 +227,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
-
-
-def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """All nodes of the autograd graph behind some tensors, each once."""
-    stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
 
 
 def _message(where: str, what: str, evidence: str) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from spectra.errors import ArgumentError, LossError, SpectraError
 from spectra.objective.memory import memory_ran_out
+from spectra.objective.nodes import graph_nodes
 from spectra.objective.objective import Objective, Part
 from spectra.oracle import diagnose
 from spectra.oracle.attention import Attention
@@ -274,7 +275,7 @@ class HvpOracle:
         """The nodes of autograd in the loss of the first part; of a segment it is one node."""
         with self._evaluating():
             part = next(iter(self.objective.parts()))
-            return list(diagnose.graph_nodes([self._plan.loss(part)]))
+            return list(graph_nodes([self._plan.loss(part)]))
 
     @contextlib.contextmanager
     def _evaluating(

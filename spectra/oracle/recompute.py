@@ -31,6 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from spectra.errors import ArgumentTypeError, DoubleBackwardError, SpectraError
 from spectra.objective.chunks import is_traced
 from spectra.objective.memory import SavedBytes, memory_ran_out
+from spectra.objective.nodes import graph_nodes
 from spectra.oracle import diagnose
 
 __all__ = ["Site", "UnsuitableSegmentError", "inside_a_segment", "recompute", "refuse_escaped"]
@@ -156,7 +157,7 @@ def refuse_escaped(loss: Tensor) -> None:
     """
     if not _LEAVES:
         return
-    for node in diagnose.graph_nodes([loss]):
+    for node in graph_nodes([loss]):
         _refuse_leaf(getattr(node, "variable", None))
 
 
@@ -283,7 +284,7 @@ class _Segment:
         """Leaves of the graph that are no arguments; it has to end at those."""
         own = {id(leaf) for leaf in leaves}
         found: dict[int, Tensor] = {}
-        for node in diagnose.graph_nodes(outputs):
+        for node in graph_nodes(outputs):
             variable = getattr(node, "variable", None)
             if variable is not None:
                 if id(variable) not in own:

@@ -14,7 +14,7 @@ from spectra import HessianOperator
 from spectra.errors import ArgumentError, DoubleBackwardError
 from spectra.objective import cross_entropy
 from spectra.objective.losses import linear_cross_entropy
-from spectra.oracle.diagnose import graph_nodes
+from spectra.objective.nodes import graph_nodes
 from tests.cases.chunks import chunks_of
 from tests.cases.networks import dense_hessian
 
