@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeGuard, get_args
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spectra.algorithms.estimate import Estimate
-from spectra.errors import ArgumentError
 from spectra.names import short_name
-from spectra.objective.parameters import ParameterSpace, layer_of
+from spectra.objective.parameters import By, ParameterSpace, grouped
 from spectra.objective.vectors import VectorSpace
 from spectra.results import Result
 
@@ -34,8 +33,6 @@ __all__ = [
     "inner_by_parameter",
     "sums_over",
 ]
-
-By = Literal["layer", "module", "parameter"]
 
 # Rows of a table for people, and eigenvectors in it.
 _SHOWN_ROWS = 25
@@ -93,23 +90,10 @@ def block_traces(
     ArgumentError
         Another `by`.
     """
-    if by not in get_args(By):
-        msg = f"by={by!r}; expected 'layer', 'module' or 'parameter'"
-        raise ArgumentError(msg)
     return {
         name: _summed(sums, name, columns, mean=mean)
-        for name, columns in _grouped(sums.parameters, by).items()
+        for name, columns in grouped(sums.parameters, by).items()
     }
-
-
-def _grouped(parameters: Sequence[str], by: By) -> dict[str, list[int]]:
-    """The places of the parameters that every block has, by the block's name."""
-    columns: dict[str, list[int]] = {}
-    for i, name in enumerate(parameters):
-        module = name.rpartition(".")[0]
-        block = {"parameter": name, "module": module, "layer": layer_of(module)}[by]
-        columns.setdefault(block, []).append(i)
-    return columns
 
 
 def _summed(
@@ -214,7 +198,7 @@ class BlockTraces(Result):
     @property
     def grouping(self) -> By:
         """What a table lists: modules where there is but one layer."""
-        return "layer" if len(_grouped(self.parameters, "layer")) > 1 else "module"
+        return "layer" if len(grouped(self.parameters, "layer")) > 1 else "module"
 
     @property
     def shown_pairs(self) -> list[int]:
@@ -224,7 +208,7 @@ class BlockTraces(Result):
 
     def rows(self, by: By) -> list[BlockRow]:
         """All blocks, in the order of the model; the model itself has the name ""."""
-        groups = _grouped(self.parameters, by)
+        groups = grouped(self.parameters, by)
         return [self._row(name, columns) for name, columns in groups.items()]
 
     def table(self) -> tuple[list[BlockRow], BlockRow | None]:
@@ -234,7 +218,7 @@ class BlockTraces(Result):
             return rows, None
         sizes = np.array([abs(row.trace.value) for row in rows])
         largest = set(np.argsort(-sizes, kind="stable")[: _SHOWN_ROWS - 1].tolist())
-        groups = list(_grouped(self.parameters, self.grouping).values())
+        groups = list(grouped(self.parameters, self.grouping).values())
         rest = [i for k, columns in enumerate(groups) if k not in largest for i in columns]
         others = self._row(f"{len(rows) - len(largest)} others", rest)
         return [row for k, row in enumerate(rows) if k in largest], others
@@ -261,7 +245,7 @@ class BlockTraces(Result):
                     *(f"{row.masses[i]:.1%}" for i in shown),
                 ]
             )
-        count = len(_grouped(self.parameters, self.grouping))
+        count = len(grouped(self.parameters, self.grouping))
         how = f"{self.probes} probes, ± for {self.confidence:.0%}"
         how = f"{'exact' if self.exact else how}, {self.method}"
         lines = [f"traces of {count} {self.grouping}s ({how}; no products of their own)"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from spectra.errors import ArgumentError, ArgumentTypeError, ParameterSelectionE
 from spectra.objective.vectors import VectorSpace, dot
 
 __all__ = [
+    "By",
     "NamedTensors",
     "ParameterSpace",
     "Selection",
     "all_parameters",
+    "grouped",
     "layer_of",
     "matching",
     "select_parameters",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 Selection: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
+By = Literal["layer", "module", "parameter"]
 # Tensors, each with all of its names: a tied tensor has several.
 NamedTensors: TypeAlias = Sequence[tuple[Sequence[str], Tensor]]
 
@@ -135,6 +138,25 @@ def layer_of(module: str) -> str:
     parts = module.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), 1)
     return ".".join(parts[: number + 1])
+
+
+def grouped(parameters: Sequence[str], by: By) -> dict[str, list[int]]:
+    """The places of the parameters that every block has, by the block's name, in their order.
+
+    Raises
+    ------
+    ArgumentError
+        Another `by`.
+    """
+    if by not in get_args(By):
+        msg = f"by={by!r}; expected 'layer', 'module' or 'parameter'"
+        raise ArgumentError(msg)
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate(parameters):
+        module = name.rpartition(".")[0]
+        block = {"parameter": name, "module": module, "layer": layer_of(module)}[by]
+        places.setdefault(block, []).append(i)
+    return places
 
 
 def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from spectra.errors import ArgumentTypeError, NonFiniteError, SpectraError
 from spectra.objective.batches import reiterable
 from spectra.objective.objective import FunctionObjective, ModelObjective, Objective
-from spectra.objective.parameters import ParameterSpace, Selection, matching
+from spectra.objective.parameters import By, ParameterSpace, Selection, grouped, matching
 from spectra.operators.base import SymmetricOperator
+from spectra.operators.block_diagonal import BlockDiagonalOperator
 from spectra.oracle.graphs import GraphPolicy
-from spectra.oracle.hvp import HvpOracle
+from spectra.oracle.hvp import BlockRequest, HvpOracle
 from spectra.oracle.segments import Recompute
 
 __all__ = ["HessianOperator"]
@@ -271,6 +272,48 @@ class HessianOperator(SymmetricOperator):
         objective = self._restricted_to(lambda name, _: name in kept)
         operator._set_up(objective, self._restricted_to, self._options)
         return operator
+
+    def blocks(self, by: By | Mapping[str, Selection] = "module") -> BlockDiagonalOperator:
+        """The principal blocks of all modules: together an operator, and each by itself.
+
+        Parameters
+        ----------
+        by
+            "module": the parameters that one module owns together (a weight and its bias). "layer":
+            the modules whose names agree up to the first number, or in their first two parts.
+            "parameter": each by itself. Or selections of parameters by the names of the blocks; a
+            parameter in none of them has rows of zeros. A tied parameter belongs to the block of
+            its first name.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError, ParameterSelectionError
+            Another `by`; a parameter in two blocks; a selection that matches nothing.
+        """
+        if not isinstance(by, Mapping):
+            groups = grouped(self.space.names, by)
+            return BlockDiagonalOperator(self, groups)
+        place = {name: i for i, name in enumerate(self.space.names)}
+        present = self.objective.named_parameters()
+        groups = {
+            str(block): [
+                place[names[0]]
+                for names, _ in (present if chosen is None else matching(present, chosen))
+            ]
+            for block, chosen in by.items()
+        }
+        return BlockDiagonalOperator(self, groups)
+
+    def block_products(self, requests: Sequence[BlockRequest]) -> list[Tensor]:
+        """Products of principal blocks, each with its own vectors, in one pass over the data.
+
+        What `blocks` stands on. Raises what a product does.
+        """
+        return self._oracle.block_products(requests)
+
+    def culprit(self) -> str:
+        """Where a non-finite product comes from, as a clause; looks through all the data."""
+        return self._culprit()
 
     def computing_in(self, dtype: torch.dtype) -> HessianOperator | None:
         """The same Hessian with a model that computes in another dtype, see `compute_dtype`.

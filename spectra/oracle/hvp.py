@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from spectra.errors import ArgumentError, LossError, SpectraError
 from spectra.objective.memory import memory_ran_out
 from spectra.objective.nodes import graph_nodes
 from spectra.objective.objective import Objective, Part
+from spectra.objective.parameters import ParameterSpace
 from spectra.oracle import diagnose
 from spectra.oracle.attention import Attention
 from spectra.oracle.compiled import Compiler
@@ -33,7 +35,7 @@ from spectra.oracle.precision import autocast_off, full_float32
 from spectra.oracle.recompute import UnsuitableSegmentError
 from spectra.oracle.segments import Recompute
 
-__all__ = ["HvpOracle"]
+__all__ = ["BlockRequest", "HvpOracle"]
 
 T = TypeVar("T")
 
@@ -209,6 +211,44 @@ class HvpOracle:
             sum_.divide(normaliser)
         return out
 
+    def block_products(self, requests: Sequence[BlockRequest]) -> list[Tensor]:
+        """Products of principal blocks, each with its own vectors, in one pass over the data.
+
+        The gradient's graph of a part is built at most once for all of them, and differentiated by
+        the parameters of one block at a time.
+
+        Returns
+        -------
+        list of Tensor
+            For every request the products (k, n_b), as rows.
+
+        Raises
+        ------
+        LossError, NonFiniteError, DoubleBackwardError
+            As `products` does.
+        """
+        return self._in_the_memory_there_is(lambda: self._multiplied_by_blocks(requests))
+
+    def _multiplied_by_blocks(self, requests: Sequence[BlockRequest]) -> list[Tensor]:
+        tally = Tally()
+        with self._pass() as graphs:
+            outs = [request.space.empty(len(request.rows)) for request in requests]
+            work = [
+                (request.places, request.space.views(row), _WeightedSum(out, request.space.views(out)))
+                for request, products in zip(requests, outs, strict=True)
+                for row, out in zip(request.rows, products, strict=True)
+            ]
+            for graph, kept in graphs:
+                for i, (places, direction, sum_) in enumerate(work):
+                    keep = kept or i + 1 < len(work)
+                    terms = self._second_derivative(graph, direction, keep_graph=keep, of=places)
+                    sum_.add(terms, graph.part.weight)
+                tally.add(graph.part, graph.value, depends=graph.depends)
+            normaliser = self._normaliser(tally)
+        for _, _, sum_ in work:
+            sum_.divide(normaliser)
+        return outs
+
     def quadratic_forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """How every part of the data by itself curves along each row of `vectors` (k, n).
 
@@ -342,14 +382,25 @@ class HvpOracle:
             )
 
     def _second_derivative(
-        self, graph: GradientGraph, direction: list[Tensor], *, keep_graph: bool
+        self,
+        graph: GradientGraph,
+        direction: list[Tensor],
+        *,
+        keep_graph: bool,
+        of: Sequence[int] | None = None,
     ) -> tuple[Tensor | None, ...]:
+        """The derivative of the gradient along a direction; `of` the parameters at some places."""
+        gradients: Sequence[Tensor | None] = graph.gradients
+        parameters = self.objective.parameters
+        if of is not None:
+            gradients = [graph.gradients[i] for i in of]
+            parameters = [parameters[i] for i in of]
         if not self._checked:
             locate = functools.partial(self._locate, graph.part)
             diagnose.refuse_bad_nodes([graph.loss, *graph.gradients], locate)
         live = [
             (g, v.to(g))
-            for g, v in zip(graph.gradients, direction, strict=True)
+            for g, v in zip(gradients, direction, strict=True)
             # Unused parameters have no gradient, linearly entering ones a constant one: both are
             # rows of zeros.
             if g is not None and g.requires_grad
@@ -357,13 +408,13 @@ class HvpOracle:
         if not live:
             return (None,) * len(direction)
         outputs, vectors = zip(*live, strict=True)
-        if graph.product is not None:
+        if graph.product is not None and of is None:
             return graph.product(vectors)
 
         def differentiate(vectors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(
                 outputs,
-                self.objective.parameters,
+                parameters,
                 grad_outputs=vectors,
                 retain_graph=keep_graph,
                 allow_unused=True,
@@ -371,7 +422,7 @@ class HvpOracle:
 
         with self._differentiating(graph.part):
             terms = differentiate(vectors)
-        if self._compiler is not None and graph.kept and not graph.tried:
+        if of is None and self._compiler is not None and graph.kept and not graph.tried:
             graph.tried = True
             graph.product = self._compiler.compile(differentiate, vectors)
         return terms
@@ -402,6 +453,25 @@ class HvpOracle:
         return diagnose.locate_culprit(
             objective.model, lambda: objective.loss(part), objective.function_name
         )
+
+
+@dataclass(frozen=True, eq=False)
+class BlockRequest:
+    """Vectors to be multiplied by a principal block.
+
+    Attributes
+    ----------
+    places
+        Which of the objective's parameters the block consists of, in order.
+    space
+        Of the block: the layout of its vectors.
+    rows
+        (k, n_b)
+    """
+
+    places: Sequence[int]
+    space: ParameterSpace
+    rows: Tensor
 
 
 class _TryAgain(Exception):
