@@ -7,7 +7,9 @@
 """
 
 from spectra import errors
+from spectra.algorithms.block_spectra import BlockSpectra, block_spectra
 from spectra.algorithms.blocks import BlockTraces
+from spectra.algorithms.coupling import BlockCoupling, block_coupling
 from spectra.algorithms.data_spread import DataSpread, data_spread
 from spectra.algorithms.density import SpectralDensity, spectral_density
 from spectra.algorithms.diagonal import DiagonalEstimate, diagonal
@@ -38,6 +40,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
+    "BlockCoupling",
+    "BlockSpectra",
     "BlockTraces",
     "DataSpread",
     "DiagonalEstimate",
@@ -52,6 +56,8 @@ __all__ = [
     "SpectralDensity",
     "analyze",
     "as_operator",
+    "block_coupling",
+    "block_spectra",
     "check",
     "data_spread",
     "diagonal",

@@ -28,6 +28,7 @@ __all__ = [
     "BlockTraces",
     "By",
     "add_diagonal",
+    "aligned",
     "block_traces",
     "has_modules",
     "inner_by_parameter",
@@ -251,11 +252,11 @@ class BlockTraces(Result):
         lines = [f"traces of {count} {self.grouping}s ({how}; no products of their own)"]
         if shown:
             lines.append("below each λ, what of its eigenvector's squared length lies in them")
-        lines += _aligned(table)
+        lines += aligned(table)
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
-def _aligned(table: list[list[str]]) -> list[str]:
+def aligned(table: list[list[str]]) -> list[str]:
     """Rows as lines: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return [

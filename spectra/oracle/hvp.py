@@ -234,7 +234,11 @@ class HvpOracle:
         with self._pass() as graphs:
             outs = [request.space.empty(len(request.rows)) for request in requests]
             work = [
-                (request.places, request.space.views(row), _WeightedSum(out, request.space.views(out)))
+                (
+                    request.places,
+                    request.space.views(row),
+                    _WeightedSum(out, request.space.views(out)),
+                )
                 for request, products in zip(requests, outs, strict=True)
                 for row, out in zip(request.rows, products, strict=True)
             ]
