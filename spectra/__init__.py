@@ -30,6 +30,8 @@ from spectra.objective import losses
 from spectra.objective.parameters import ParameterSpace
 from spectra.operators.base import as_operator
 from spectra.operators.hessian import HessianOperator
+from spectra.operators.optimizers import StabilityThreshold, preconditioner, stability_threshold
+from spectra.operators.transforms import deflated, preconditioned, projected, shifted
 from spectra.oracle.recompute import recompute
 from spectra.results import load
 
@@ -48,10 +50,12 @@ __all__ = [
     "Solution",
     "SpectraError",
     "SpectralDensity",
+    "StabilityThreshold",
     "analyze",
     "as_operator",
     "check",
     "data_spread",
+    "deflated",
     "diagonal",
     "effective_dimension",
     "effective_rank",
@@ -62,9 +66,14 @@ __all__ = [
     "losses",
     "norm",
     "participation_ratio",
+    "preconditioned",
+    "preconditioner",
+    "projected",
     "recompute",
+    "shifted",
     "solve",
     "spectral_density",
     "spectral_sum",
+    "stability_threshold",
     "trace",
 ]
