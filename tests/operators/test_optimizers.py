@@ -93,6 +93,20 @@ def test_the_preconditioner_of_adam_is_that_of_its_formula(model):
     )
 
 
+def test_amsgrad_keeps_the_largest_mean_of_squares(model):
+    optimizer = torch.optim.Adam(model.parameters(), amsgrad=True, betas=(0.9, 0.5))
+    train(model, optimizer, 1)
+    first = [p.grad**2 / 2 for p in model.parameters()]
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad.mul_(1e-3)
+        optimizer.step()
+    expected = torch.cat([(s / (1 - 0.5**4)).sqrt().reshape(-1) + 1e-8 for s in first])
+    torch.testing.assert_close(
+        preconditioner(optimizer, hessian(model)), expected, rtol=1e-12, atol=0
+    )
+
+
 def test_plain_gradient_descent_has_no_preconditioner(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     operator = hessian(model)
@@ -175,6 +189,23 @@ def test_the_optimiser_is_found_within_a_wrapper_and_a_subclass(model):
     expected = preconditioner(optimizer, hessian(model))
     assert torch.equal(preconditioner(Wrapper(optimizer), hessian(model)), expected)
     assert stability_threshold(Wrapper(optimizer)).value == pytest.approx(38_000)
+
+
+@pytest.mark.parametrize("wrapper", ["accelerate", "lightning"])
+def test_the_optimiser_is_found_within_what_trainers_wrap_around_it(model, wrapper):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optimizer, 2)
+    if wrapper == "accelerate":
+        module = pytest.importorskip("accelerate.optimizer")
+        pytest.importorskip("accelerate").PartialState(cpu=True)
+        wrapped = module.AcceleratedOptimizer(optimizer)
+    else:
+        module = pytest.importorskip("lightning.pytorch.core.optimizer")
+        wrapped = module.LightningOptimizer(optimizer)
+    assert type(wrapped) is not torch.optim.AdamW
+    expected = preconditioner(optimizer, hessian(model))
+    assert torch.equal(preconditioner(wrapped, hessian(model)), expected)
+    assert stability_threshold(wrapped) == stability_threshold(optimizer)
 
 
 # --- refused -------------------------------------------------------------------------------------
