@@ -196,9 +196,10 @@ def test_the_optimiser_is_found_within_what_trainers_wrap_around_it(model, wrapp
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optimizer, 2)
     if wrapper == "accelerate":
-        module = pytest.importorskip("accelerate.optimizer")
-        pytest.importorskip("accelerate").PartialState(cpu=True)
-        wrapped = module.AcceleratedOptimizer(optimizer)
+        accelerate = pytest.importorskip("accelerate")
+        wrapped = accelerate.Accelerator(cpu=True).prepare(optimizer)
+        # What it keeps for the process would bind other tests.
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     else:
         module = pytest.importorskip("lightning.pytorch.core.optimizer")
         wrapped = module.LightningOptimizer(optimizer)
