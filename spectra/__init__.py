@@ -33,6 +33,8 @@ from spectra.objective.parameters import ParameterSpace
 from spectra.operators.base import as_operator
 from spectra.operators.gauss_newton import GaussNewtonOperator
 from spectra.operators.hessian import HessianOperator
+from spectra.operators.optimizers import StabilityThreshold, preconditioner, stability_threshold
+from spectra.operators.transforms import deflated, preconditioned, projected, shifted
 from spectra.oracle.recompute import recompute
 from spectra.results import load
 
@@ -54,12 +56,14 @@ __all__ = [
     "Solution",
     "SpectraError",
     "SpectralDensity",
+    "StabilityThreshold",
     "analyze",
     "as_operator",
     "block_coupling",
     "block_spectra",
     "check",
     "data_spread",
+    "deflated",
     "diagonal",
     "effective_dimension",
     "effective_rank",
@@ -70,9 +74,14 @@ __all__ = [
     "losses",
     "norm",
     "participation_ratio",
+    "preconditioned",
+    "preconditioner",
+    "projected",
     "recompute",
+    "shifted",
     "solve",
     "spectral_density",
     "spectral_sum",
+    "stability_threshold",
     "trace",
 ]

@@ -31,12 +31,18 @@ PROMISED = [
     "SpectralDensity",
     "analyze",
     "as_operator",
+    "deflated",
     "eigsh",
     "errors",
     "load",
     "losses",
     "norm",
+    "preconditioned",
+    "preconditioner",
+    "projected",
+    "shifted",
     "spectral_density",
+    "stability_threshold",
     "trace",
 ]
 FUNCTIONS = [

@@ -1,9 +1,10 @@
-"""How sharp is every layer by itself? Extreme eigenvalues, trace and norm of each principal block."""
+"""How sharp is every layer by itself? Extreme eigenvalues, trace and norm of each block."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from spectra.algorithms.blocks import aligned
 from spectra.algorithms.eigen import Eigenpairs, check_eigsh_arguments, eigsh
@@ -137,7 +138,12 @@ def block_spectra(
 
     def everything(block: SymmetricOperator) -> tuple[Eigenpairs, Estimate, Estimate]:
         pairs = eigsh(block, min(k, block.space.n), which="BE", tol=tol, seed=seed, progress=False)
-        options = {"rtol": rtol, "confidence": confidence, "seed": seed, "progress": False}
+        options: Any = {
+            "rtol": rtol,
+            "confidence": confidence,
+            "seed": seed,
+            "progress": False,
+        }
         # What did not converge is no eigenvector, and would not be exact.
         known = pairs if pairs.converged.all() else None
         total = trace(block, deflate=known, **options)

@@ -92,8 +92,7 @@ def sphere(
 
 def remove(space: VectorSpace, vector: Tensor, rows: Tensor) -> None:
     """Take the components along orthonormal rows away from `vector`, in place, twice."""
-    for _ in range(2):
-        space.subtract(vector, rows, space.project(rows, vector))
+    space.remove(vector, rows)
 
 
 class Deflation:
@@ -127,9 +126,7 @@ class Deflation:
             )
             raise ArgumentError(msg)
         self.basis = space.held(rows)
-        gram = space.gram(self.basis)
-        defect = float((gram - torch.eye(len(gram), device=gram.device)).abs().max())
-        if defect > space.eps**0.5:
+        if (defect := space.defect(self.basis)) > space.eps**0.5:
             msg = (
                 "deflate holds vectors that are not orthonormal: their Gram matrix is off by "
                 f"{defect:.2g}"

@@ -4,14 +4,16 @@ A loss is any function `loss(model, batch) -> scalar tensor`. Two attributes mak
 batches of unequal size: `weight(batch)`, the number of terms its mean runs over, and `reduction`,
 "mean" or "sum". The losses here carry both; for a plain function the weight is the number of
 samples. A third one, `separable = True`, says that the loss compares no sample with another, so
-that batches may be split where memory is short.
+that batches may be split where memory is short. `regularised` adds a penalty on the weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,17 +22,21 @@ from spectra.errors import ArgumentError, ArgumentTypeError, DataError, LossErro
 from spectra.objective.batches import tensors_of
 from spectra.objective.cross_entropy import linear_cross_entropy
 from spectra.objective.heads import token_cross_entropy
+from spectra.objective.parameters import Selection, all_parameters, matching
 
 __all__ = [
     "CausalLM",
     "LabelledCrossEntropy",
+    "Regularised",
     "Supervised",
     "causal_lm",
     "classification",
     "linear_cross_entropy",
     "masked_lm",
     "number_of_samples",
+    "regularised",
     "supervised",
+    "weight_decay",
 ]
 
 # Label that PyTorch and Hugging Face give to tokens that do not count.
@@ -117,6 +123,52 @@ def classification(ignore_index: int = _IGNORED) -> LabelledCrossEntropy:
     `ignore_index`. Logits as for `causal_lm`.
     """
     return LabelledCrossEntropy("classification", ignore_index)
+
+
+def regularised(
+    loss: Callable[[nn.Module, Any], Tensor], penalty: Callable[[nn.Module], Tensor]
+) -> Regularised:
+    """A loss and a penalty on the weights together, ℓ_b(θ) + r(θ): the full objective.
+
+    Every batch has the whole penalty, so that it is once in their weighted mean, however they are
+    split.
+
+    Parameters
+    ----------
+    loss
+        Any `loss(model, batch) -> scalar` that is a mean; its weights stay.
+    penalty
+        `penalty(model) -> scalar`, such as `weight_decay(5e-4)`.
+
+    Raises
+    ------
+    ArgumentError
+        The loss is a sum over its batch.
+    """
+    return Regularised(loss, penalty)
+
+
+def weight_decay(strength: float, params: Selection = None) -> WeightDecay:
+    """The penalty strength/2 · ‖θ‖², whose Hessian is strength · I: what L2 weight decay descends.
+
+    SGD's, Adam's and RMSprop's `weight_decay=strength` adds its gradient to that of the loss;
+    AdamW's is no part of any loss.
+
+    Parameters
+    ----------
+    strength
+        Of the decay, >= 0.
+    params
+        Which parameters decay, as for `HessianOperator`: globs over names, or a function `(name,
+        parameter) -> bool`. None for all of the model's, tied ones once; those held fixed add a
+        constant to the value.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        No number, or one below zero.
+    """
+    return WeightDecay(strength, params)
 
 
 class Supervised:
@@ -289,6 +341,103 @@ class LabelledCrossEntropy:
             )
             raise DataError(msg)
         return labels
+
+
+class Regularised:
+    """See `regularised`."""
+
+    reduction = "mean"
+
+    def __init__(
+        self, loss: Callable[[nn.Module, Any], Tensor], penalty: Callable[[nn.Module], Tensor]
+    ) -> None:
+        for name, given in (("loss", loss), ("penalty", penalty)):
+            if isinstance(given, type) or not callable(given):
+                what = f"the class {given.__name__}" if isinstance(given, type) else repr(given)
+                msg = f"{name} is {what}; expected a function of the model"
+                raise ArgumentTypeError(msg)
+        if isinstance(loss, nn.modules.loss._Loss):
+            msg = (
+                f"loss is the criterion {type(loss).__name__}; wrap it: "
+                f"spectra.losses.supervised({type(loss).__name__}())"
+            )
+            raise ArgumentTypeError(msg)
+        if getattr(loss, "reduction", "mean") != "mean":
+            msg = (
+                f"{loss!r} is a sum over its batch, so that a sum over batches would count the "
+                "penalty once for each; use reduction='mean' and divide the penalty by the number "
+                "of terms"
+            )
+            raise ArgumentError(msg)
+        self.loss = loss
+        self.penalty = penalty
+        self.separable: bool = getattr(loss, "separable", False)
+
+    def __repr__(self) -> str:
+        names = (getattr(f, "__qualname__", repr(f)) for f in (self.loss, self.penalty))
+        return f"regularised({', '.join(names)})"
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of one batch and the penalty."""
+        value, penalty = self.loss(model, batch), self.penalty(model)
+        if not isinstance(penalty, Tensor) or penalty.numel() != 1:
+            what = (
+                f"of shape {tuple(penalty.shape)}"
+                if isinstance(penalty, Tensor)
+                else f"a {type(penalty).__name__}"
+            )
+            msg = f"the penalty is {what}; expected a scalar tensor"
+            raise LossError(msg)
+        # In the dtype of the loss, whatever the penalty was summed in; what is no tensor is
+        # refused as that of any loss.
+        return value + penalty.reshape(()).to(value) if isinstance(value, Tensor) else value
+
+    def weight(self, batch: Any) -> float:
+        """That of the loss."""
+        counted: Callable[[Any], float] = getattr(self.loss, "weight", number_of_samples)
+        return counted(batch)
+
+    @property
+    def loss_head(self) -> str | None:
+        """That of the loss."""
+        head: str | None = getattr(self.loss, "loss_head", None)
+        return head
+
+
+class WeightDecay:
+    """See `weight_decay`."""
+
+    def __init__(self, strength: float, params: Selection) -> None:
+        if isinstance(strength, bool) or not isinstance(strength, int | float | np.number):
+            msg = f"strength is a {type(strength).__name__}; expected a number"
+            raise ArgumentTypeError(msg)
+        if not 0 <= strength < math.inf:
+            msg = f"strength={strength}; expected a finite number >= 0"
+            raise ArgumentError(msg)
+        self.strength = float(strength)
+        self.params = params
+
+    def __repr__(self) -> str:
+        which = "" if self.params is None else f", {self.params!r}"
+        return f"weight_decay({self.strength:g}{which})"
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """The penalty of a model."""
+        chosen = matching(all_parameters(model), "*" if self.params is None else self.params)
+        squares = [
+            # Not rounded to half precision; summed in float64, as single precision is off by 1e-3
+            # for a large model.
+            parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+            .square()
+            .sum(dtype=torch.float64)
+            for _, parameter in chosen
+            if parameter.is_floating_point()
+        ]
+        first = chosen[0][1]
+        total = torch.zeros((), dtype=torch.float64, device=first.device)
+        for square in squares:
+            total = total + square.to(first.device)
+        return total * (self.strength / 2)
 
 
 def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

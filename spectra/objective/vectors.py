@@ -232,6 +232,17 @@ class VectorSpace:
         for columns, rows in self.blocks(basis):
             x[columns].addmv_(rows.T, coefficients, alpha=-1.0)
 
+    def remove(self, x: Tensor, basis: Tensor) -> None:
+        """Take the components along orthonormal rows away from `x`, in place, twice."""
+        for _ in range(2):
+            self.subtract(x, basis, self.project(basis, x))
+
+    def defect(self, basis: Tensor) -> float:
+        """How far rows are from orthonormal: the largest entry of their Gram matrix less I."""
+        gram = self.gram(basis)
+        off = gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return float(off.abs().max()) if len(gram) else 0.0
+
     def rotate(self, basis: Tensor, rotation: Tensor) -> None:
         """Replace the first p rows of `basis` (m, n) by `rotation` (m, p) applied to its rows.
 

@@ -6,6 +6,8 @@ border between NumPy and torch is in this file and nowhere else.
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,10 @@ from spectra.errors import (
 )
 from spectra.journal import current
 from spectra.objective.identity import digest
+from spectra.objective.parameters import ParameterSpace
 from spectra.objective.vectors import VectorSpace
 
-__all__ = ["MatrixOperator", "SymmetricOperator", "as_operator"]
+__all__ = ["MatrixOperator", "SumOperator", "SymmetricOperator", "as_operator"]
 
 _NUMPY_DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
@@ -33,7 +36,9 @@ class SymmetricOperator(LinearOperator):
     """A real symmetric linear operator on a `VectorSpace`.
 
     Subclasses implement `_products`. NumPy arrays go in and come out through SciPy's contract
-    (`H @ x`, `matvec`, `matmat`); torch tensors through `H @ v` or `apply`.
+    (`H @ x`, `matvec`, `matmat`); torch tensors through `H @ v` or `apply`. Sums, differences and
+    multiples (`H - G`, `2.0 * H`, `-H`) are such operators too; with a LinearOperator of SciPy's
+    they are SciPy's.
 
     Attributes
     ----------
@@ -143,6 +148,34 @@ class SymmetricOperator(LinearOperator):
         if isinstance(other, Tensor):
             return self.apply(other)
         return super().__matmul__(other)
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, SymmetricOperator):
+            return SumOperator([(1.0, self), (1.0, other)])
+        return super().__add__(other)
+
+    def __sub__(self, other: Any) -> Any:
+        if isinstance(other, SymmetricOperator):
+            return SumOperator([(1.0, self), (-1.0, other)])
+        return super().__sub__(other)
+
+    def __neg__(self) -> SumOperator:
+        return SumOperator([(-1.0, self)])
+
+    def __mul__(self, other: Any) -> Any:
+        if isinstance(other, numbers.Real):
+            return SumOperator([(float(other), self)])
+        return super().__mul__(other)
+
+    def __rmul__(self, other: Any) -> Any:
+        if isinstance(other, numbers.Real):
+            return SumOperator([(float(other), self)])
+        return super().__rmul__(other)
+
+    def __truediv__(self, other: Any) -> Any:
+        if isinstance(other, numbers.Real):
+            return SumOperator([(1.0 / float(other), self)])
+        return super().__truediv__(other)
 
     def __repr__(self) -> str:
         n = self.space.n
@@ -282,6 +315,82 @@ class ForeignOperator(SymmetricOperator):
 
     def _culprit(self) -> str:
         return f"the {type(self.operator).__name__} given to spectra returned it"
+
+
+class SumOperator(SymmetricOperator):
+    """A linear combination of operators: what `H - G` and `2.0 * H` are.
+
+    A product costs one of each term. A sum of sums is a sum of all their terms.
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, SymmetricOperator]]) -> None:
+        self.terms: list[tuple[float, SymmetricOperator]] = [
+            (coefficient * factor, term)
+            for coefficient, operator in terms
+            for factor, term in (
+                operator.terms if isinstance(operator, SumOperator) else [(1.0, operator)]
+            )
+        ]
+        for coefficient, _ in self.terms:
+            if not np.isfinite(coefficient):
+                msg = f"an operator was multiplied by {coefficient}; expected a finite number"
+                raise ArgumentError(msg)
+        operators = [operator for _, operator in self.terms]
+        self._numpy = all(operator._numpy for operator in operators)
+        super().__init__(_common_space(operators))
+
+    @property
+    def of(self) -> SymmetricOperator:
+        """The term whose parameters the sum is over."""
+        return next(term for _, term in self.terms if term.space is self.space)
+
+    def identity(self) -> dict[str, Any]:
+        """Of all terms, with their coefficients."""
+        terms = {
+            f"term {i}": {"coefficient": coefficient, **term.identity()}
+            for i, (coefficient, term) in enumerate(self.terms)
+        }
+        return {**super().identity(), **terms}
+
+    def describe(self) -> dict[str, Any]:
+        """With all terms, and what is to be known of any of them."""
+        terms = [(coefficient, term.describe()) for coefficient, term in self.terms]
+        notes = list(dict.fromkeys(note for _, term in terms for note in term.get("notes", ())))
+        return {
+            **super().describe(),
+            "terms": [{"coefficient": coefficient, **term} for coefficient, term in terms],
+            **({"notes": notes} if notes else {}),
+        }
+
+    def _products(self, rows: Tensor) -> Tensor:
+        (first, operator), *others = self.terms
+        # A new tensor: a product may share its memory with what an operator keeps.
+        total = operator._checked_products(rows) * first
+        for coefficient, operator in others:
+            total.add_(operator._checked_products(rows), alpha=coefficient)
+        return total
+
+
+def _common_space(operators: Sequence[SymmetricOperator]) -> VectorSpace:
+    """The space of all operators, with the layout of the parameters if one of them has it."""
+    spaces = [operator.space for operator in operators]
+    layouts = [space for space in spaces if isinstance(space, ParameterSpace)]
+    first = layouts[0] if layouts else spaces[0]
+    for space in spaces:
+        if space.n != first.n:
+            msg = f"operators of n = {first.n} and n = {space.n} cannot be added"
+            raise ArgumentError(msg)
+        if isinstance(space, ParameterSpace) and space.slices != layouts[0].slices:
+            odd = next(iter(sorted(set(space.names) ^ set(layouts[0].names))), space.names[0])
+            msg = f"the operators are of other parameters; check {odd!r}, and give both one params="
+            raise ArgumentError(msg)
+        if space.dtype != first.dtype:
+            msg = f"the operators are of {first.dtype} and of {space.dtype}; give both one dtype="
+            raise ArgumentTypeError(msg)
+        if space.device != first.device:
+            msg = f"the operators are on {first.device} and on {space.device}; move one"
+            raise ArgumentError(msg)
+    return first
 
 
 def as_operator(matrix: Any) -> SymmetricOperator:

@@ -1,8 +1,8 @@
 """How do many algorithms ask for their products together? Each waits until all have asked.
 
-Every algorithm runs in a thread of its own and gets an operator that only passes its vectors on. The
-calling thread alone computes: it waits until each of the others has asked or is done, computes all
-products in one go, and lets them go on. So which thread runs when changes nothing.
+Every algorithm runs in a thread of its own and gets an operator that only passes its vectors on.
+The calling thread alone computes: it waits until each of the others has asked or is done, computes
+all products in one go, and lets them go on. So which thread runs when changes nothing.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spectra
 from spectra import HessianOperator, errors
-from spectra.objective.losses import causal_lm, supervised
+from spectra.objective.losses import causal_lm, regularised, supervised, weight_decay
 from spectra.objective.parameters import ParameterSpace
 from spectra.records import RecordFile
 from tests.cases.networks import dense_hessian
@@ -1687,6 +1687,163 @@ def _() -> Asked:
             return resumed(path, model)()
 
     return Asked(ask, (model,))
+
+
+# --- transforms, optimisers, penalties -----------------------------------------------------------
+
+TRANSFORMS = "transforms, optimisers and penalties"
+
+
+def transformed(make: Callable[[HessianOperator, nn.Module], Any]) -> Asked:
+    """A transform of the network's Hessian, made in the question, and a product with it."""
+    model = network()
+
+    def ask() -> Any:
+        made = make(HessianOperator(model, LOSS, BATCHES), model)
+        return made @ probe(made)
+
+    return Asked(ask, (model,))
+
+
+def stepped(model: nn.Module, kind: Any = torch.optim.Adam, **options: Any) -> Any:
+    """An optimiser of the model after one step, which leaves the weights as they were."""
+    optimizer = kind(model.parameters(), lr=0.0, **options)
+    functional.mse_loss(model(X), Y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+@refused(TRANSFORMS, "an Adam that has not stepped yet", errors.ArgumentError, "take a step first")
+def _() -> Asked:
+    return transformed(
+        lambda H, model: spectra.preconditioned(H, torch.optim.Adam(model.parameters()))
+    )
+
+
+@refused(
+    TRANSFORMS,
+    "the optimiser of another copy of the model",
+    errors.ArgumentError,
+    r"'0\.weight' is not in the Adam",
+)
+def _() -> Asked:
+    return transformed(lambda H, model: spectra.preconditioned(H, stepped(network())))
+
+
+@refused(TRANSFORMS, "an optimiser of another kind", errors.ArgumentTypeError, "NAdam is not among")
+def _() -> Asked:
+    return transformed(
+        lambda H, model: spectra.preconditioned(H, stepped(model, torch.optim.NAdam))
+    )
+
+
+@refused(
+    TRANSFORMS,
+    "the threshold of an optimiser of another kind",
+    errors.ArgumentTypeError,
+    "Rprop is not among",
+)
+def _() -> Asked:
+    model = network()
+    optimizer = torch.optim.Rprop(model.parameters())
+    return Asked(lambda: spectra.stability_threshold(optimizer), (model,))
+
+
+@refused(
+    TRANSFORMS, "an optimiser whose training diverged", errors.NonFiniteError, "holds nan or inf"
+)
+def _() -> Asked:
+    def make(H: HessianOperator, model: nn.Module) -> Any:
+        optimizer = stepped(model)
+        next(iter(optimizer.state.values()))["exp_avg_sq"].fill_(torch.nan)
+        return spectra.preconditioned(H, optimizer)
+
+    return transformed(make)
+
+
+@refused(
+    TRANSFORMS,
+    "a preconditioner that is negative somewhere",
+    errors.ArgumentError,
+    "expected positive ones",
+)
+def _() -> Asked:
+    return transformed(lambda H, model: spectra.preconditioned(H, torch.linspace(-1, 1, H.space.n)))
+
+
+@refused(TRANSFORMS, "a diagonal that is too short", errors.ArgumentError, r"expected \(19,\)")
+def _() -> Asked:
+    return transformed(lambda H, model: spectra.shifted(H, torch.ones(3)))
+
+
+@refused(TRANSFORMS, "a shift of nan", errors.NonFiniteError, "shift is nan")
+def _() -> Asked:
+    return transformed(lambda H, model: spectra.shifted(H, float("nan")))
+
+
+@refused(
+    TRANSFORMS, "a deflated basis that is not orthonormal", errors.ArgumentError, "not orthonormal"
+)
+def _() -> Asked:
+    return transformed(lambda H, model: spectra.deflated(H, torch.ones(H.space.n, 2).double()))
+
+
+@refused(
+    TRANSFORMS,
+    "a projection on columns that depend on one another",
+    errors.ArgumentError,
+    "column 1 of the basis",
+)
+def _() -> Asked:
+    return transformed(lambda H, model: spectra.projected(H, torch.ones(H.space.n, 2).double()))
+
+
+@refused(
+    TRANSFORMS, "a sum of Hessians of other parameters", errors.ArgumentError, "of other parameters"
+)
+def _() -> Asked:
+    def make(H: HessianOperator, model: nn.Module) -> Any:
+        function = HessianOperator.from_function(lambda x: (x**2).sum(), torch.ones(19).double())
+        return H - function
+
+    return transformed(make)
+
+
+@refused(
+    TRANSFORMS,
+    "a penalty beside a loss that is a sum",
+    errors.ArgumentError,
+    "count the penalty once for each",
+)
+def _() -> Asked:
+    total = supervised(nn.MSELoss(reduction="sum"))
+    return Asked(lambda: regularised(total, weight_decay(0.1)))
+
+
+@refused(TRANSFORMS, "a penalty that is no scalar", errors.LossError, r"of shape \(3, 4\)")
+def _() -> Asked:
+    return product(network(), regularised(LOSS, lambda model: model[0].weight))
+
+
+@refused(TRANSFORMS, "a weight decay below zero", errors.ArgumentError, "strength=-1")
+def _() -> Asked:
+    return Asked(lambda: weight_decay(-1.0))
+
+
+@answered(TRANSFORMS, "a fused AdamW")
+def _() -> Asked:
+    model = network()
+    optimizer = stepped(model, torch.optim.AdamW, fused=True)
+    hessian = HessianOperator(model, LOSS, BATCHES)
+    P = torch.cat([optimizer.state[p]["exp_avg_sq"].sqrt().reshape(-1) for p in model.parameters()])
+    root = (P / 0.001**0.5 + 1e-8).sqrt()
+
+    def ask() -> Any:
+        made = spectra.preconditioned(hessian, optimizer)
+        return made @ probe(made)
+
+    return Asked(ask, (model,), lambda: truth() / torch.outer(root, root) @ probe(hessian))
 
 
 # --- the table -----------------------------------------------------------------------------------
