@@ -26,6 +26,7 @@ from spectra.algorithms.norms import norm
 from spectra.algorithms.solve import Solution, solve
 from spectra.algorithms.trace import trace
 from spectra.analysis.analyze import Analysis, analyze
+from spectra.analysis.landscape import Landscape, landscape
 from spectra.analysis.preflight import Preflight, check
 from spectra.errors import SpectraError
 from spectra.objective import losses
@@ -51,6 +52,7 @@ __all__ = [
     "Estimate",
     "GaussNewtonOperator",
     "HessianOperator",
+    "Landscape",
     "ParameterSpace",
     "Preflight",
     "Solution",
@@ -69,6 +71,7 @@ __all__ = [
     "effective_rank",
     "eigsh",
     "errors",
+    "landscape",
     "load",
     "logdet",
     "losses",

@@ -9,12 +9,17 @@ from tqdm import tqdm
 __all__ = ["progress_bar"]
 
 
-def progress_bar(name: str, total: int | None, show: bool | None) -> tqdm[Any]:
-    """A bar that counts matvecs. `show`: True, False, or None for «if stderr is a terminal»."""
+def progress_bar(
+    name: str, total: int | None, show: bool | None, unit: str = "matvec"
+) -> tqdm[Any]:
+    """A bar that counts matvecs, or what else `unit` says.
+
+    `show`: True, False, or None for «if stderr is a terminal».
+    """
     return tqdm(
         total=total,
         desc=name,
-        unit="matvec",
+        unit=unit,
         disable=None if show is None else not show,
         leave=False,
         dynamic_ncols=True,

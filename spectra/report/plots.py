@@ -29,6 +29,7 @@ from spectra.algorithms.density import SpectralDensity
 from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.analysis.analyze import Analysis
+from spectra.analysis.landscape import Landscape
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.names import printable, short_name
 
@@ -42,6 +43,7 @@ __all__ = [
     "plot_density",
     "plot_eigenpairs",
     "plot_estimate",
+    "plot_landscape",
 ]
 
 # Inches: the width of a page's text, at which 9 to 10 point lettering reads well in print.
@@ -74,11 +76,11 @@ def plot(result: Result, ax: Axes | None = None, **options: Any) -> Axes:
     Parameters
     ----------
     result
-        `Eigenpairs`, `SpectralDensity`, `Estimate` or `BlockTraces`.
+        `Eigenpairs`, `SpectralDensity`, `Estimate`, `BlockTraces` or `Landscape`.
     ax
         Where to draw; a new pyplot figure by default.
     options
-        Of `plot_eigenpairs`, `plot_density`, `plot_estimate` or `plot_blocks`.
+        Of `plot_eigenpairs`, `plot_density`, `plot_estimate`, `plot_blocks` or `plot_landscape`.
 
     Returns
     -------
@@ -329,11 +331,72 @@ def plot_blocks(blocks: BlockTraces, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_landscape(surface: Landscape, ax: Axes | None = None) -> Axes:
+    """The loss along directions as curves, or over a plane as contours, and its quadratic model.
+
+    Parameters
+    ----------
+    surface
+        What to draw. The quadratic model is dashed; points that could not be evaluated are gaps.
+    ax
+        Where to draw; a new pyplot figure by default.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ArgumentTypeError
+        `ax` is no matplotlib Axes.
+    """
+    ax = _axes(ax)
+    a = surface.displacements
+    unit = "‖θ − θ₀‖ along {}"
+    if surface.plane:
+        # One set of levels, so that the two can be compared.
+        levels = np.linspace(np.nanmin(surface.values), np.nanmax(surface.values), 12)[1:]
+        if np.isfinite(levels).all() and np.ptp(levels) > 0:
+            filled = ax.contourf(a, a, surface.values.T, levels=24, cmap="cividis")
+            ax.figure.colorbar(filled, ax=ax, label="loss")
+            ax.contour(a, a, surface.values.T, levels=levels, colors="white", linewidths=0.8)
+            ax.contour(
+                a,
+                a,
+                surface.predictions.T,
+                levels=levels,
+                colors="white",
+                linestyles="dashed",
+                linewidths=0.8,
+            )
+        ax.plot(0.0, 0.0, marker="+", color=_EIGENVALUES)
+        ax.set_aspect("equal")
+        ax.set_xlabel(unit.format(surface.labels[0]), parse_math=False)
+        ax.set_ylabel(unit.format(surface.labels[1]), parse_math=False)
+        _finish(ax, "Loss over a plane (dashed: quadratic model)")
+        ax.grid(visible=False)
+        return ax
+    colours = (_DENSITY, _EIGENVALUES, _MEAN, "#CC79A7", "#E69F00", "#56B4E9")
+    for i, (row, model) in enumerate(zip(surface.values, surface.predictions, strict=True)):
+        colour = colours[i % len(colours)]
+        label = printable(surface.labels[i]).replace("$", r"\$")
+        ax.plot(a, row, color=colour, label=label)
+        ax.plot(a, model, color=colour, linestyle="dashed", linewidth=1.0)
+    ax.plot([], [], color=_GREY, linestyle="dashed", linewidth=1.0, label="quadratic model")
+    share = f", {a[-1] / surface.weights_norm:.2g} ‖θ₀‖ at the end" if surface.weights_norm else ""
+    ax.set_xlabel(f"displacement ‖θ − θ₀‖{share}", parse_math=False)
+    ax.set_ylabel("loss")
+    ax.legend(loc="best", fontsize="small")
+    _finish(ax, "Loss along directions")
+    return ax
+
+
 _DRAW: dict[type, Callable[..., Axes]] = {
     Eigenpairs: plot_eigenpairs,
     SpectralDensity: plot_density,
     Estimate: plot_estimate,
     BlockTraces: plot_blocks,
+    Landscape: plot_landscape,
 }
 
 
