@@ -30,6 +30,9 @@ QUESTIONS = {
     "norm": spectra.norm,
     "analyze": lambda H: spectra.analyze(H, k=2),
     "check": spectra.check,
+    "landscape": lambda H: spectra.landscape(H, points=3),
+    "all blocks": lambda H: H.blocks().each(spectra.eigsh, k=1),
+    "coupling": lambda H: spectra.block_coupling(H, "module", probes=2),
 }
 MODES = {
     "retained": {"graph": "retained"},
@@ -63,17 +66,13 @@ def kind_of(thing):
     return type(thing).__name__ if type(thing).__module__.startswith("spectra") else None
 
 
-def life_of(question, options):
+def life_of(question, options, kind=HessianOperator):
     def life():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = StackedGPT(2, width=4).double().eval()
         tokens = torch.arange(10).view(2, 5) % 7
-        question(
-            HessianOperator(
-                model, losses.causal_lm(), [{"input_ids": tokens}], "blocks.*", **options
-            )
-        )
+        question(kind(model, losses.causal_lm(), [{"input_ids": tokens}], "blocks.*", **options))
 
     return life
 
@@ -81,6 +80,12 @@ def life_of(question, options):
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_leaves_no_cycle_of_references(question):
     assert cyclic_garbage(life_of(QUESTIONS[question], {})) == []
+
+
+@pytest.mark.parametrize("mode", ["retained", "fresh", "recomputed"])
+def test_a_linearised_model_leaves_no_cycle_of_references(mode):
+    life = life_of(QUESTIONS["eigsh"], MODES[mode], spectra.GaussNewtonOperator)
+    assert cyclic_garbage(life) == []
 
 
 @pytest.mark.parametrize("mode", MODES)

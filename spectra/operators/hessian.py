@@ -147,9 +147,11 @@ class HessianOperator(SymmetricOperator):
                 # In another dtype the vectors have that one, too.
                 dtype=computing_in or dtype,
                 compute_dtype=computing_in or compute_dtype,
-                linearised=self._linearised,
+                linearised=linearised,
             )
 
+        # Not through self: a function that holds the operator that holds it is a cycle.
+        linearised = self._linearised
         batches = reiterable(data, hold_data=hold_data)
         options: dict[str, Any] = {
             "graph": graph,
