@@ -25,6 +25,7 @@ from spectra.algorithms.solve import Solution, solve
 from spectra.algorithms.trace import trace
 from spectra.analysis.analyze import Analysis, analyze
 from spectra.analysis.preflight import Preflight, check
+from spectra.analysis.trajectory import Measurement, Trajectory
 from spectra.errors import SpectraError
 from spectra.objective import losses
 from spectra.objective.parameters import ParameterSpace
@@ -45,12 +46,14 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "HessianOperator",
+    "Measurement",
     "ParameterSpace",
     "Preflight",
     "Solution",
     "SpectraError",
     "SpectralDensity",
     "StabilityThreshold",
+    "Trajectory",
     "analyze",
     "as_operator",
     "check",
