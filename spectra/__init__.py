@@ -24,6 +24,7 @@ from spectra.algorithms.norms import norm
 from spectra.algorithms.solve import Solution, solve
 from spectra.algorithms.trace import trace
 from spectra.analysis.analyze import Analysis, analyze
+from spectra.analysis.monitor import CurvatureMonitor, log_spaced
 from spectra.analysis.preflight import Preflight, check
 from spectra.analysis.trajectory import Measurement, Trajectory
 from spectra.errors import SpectraError
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Analysis",
     "BlockTraces",
+    "CurvatureMonitor",
     "DataSpread",
     "DiagonalEstimate",
     "Eigenpairs",
@@ -65,6 +67,7 @@ __all__ = [
     "eigsh",
     "errors",
     "load",
+    "log_spaced",
     "logdet",
     "losses",
     "norm",

@@ -43,7 +43,7 @@ def measure(
     optimizer: Optimizer | None = None,
     batch: SymmetricOperator | None = None,
     previous: Measurement | None = None,
-    v0: Any = None,
+    warm: bool = True,
     certify: bool = True,
     label: str = "",
     seed: int = 0,
@@ -69,8 +69,9 @@ def measure(
         The operator of the current batch, whose sharpness is measured too.
     previous
         The measurement before, with its vectors.
-    v0
-        Where the search starts, as for `eigsh`.
+    warm
+        Start the search from the vectors of `previous` and a random direction, instead of that
+        alone. The random one sees to it that an eigenvalue is found that has overtaken the others.
     certify
         Search for missed eigenvalues, see `eigsh`. Takes 5 to 12 products.
     seed
@@ -90,13 +91,16 @@ def measure(
     spent: dict[str, int] = {}
     found: dict[str, Any] = {}
     notes: list[str] = []
+    start = None
+    if warm and previous is not None:
+        start = _start(previous.vectors, operator, seed, step)
     with _counted(operator, spent, "eigenpairs"):
         pairs = eigsh(
             operator,
             k,
             which=which,
             tol=tol,
-            v0=v0,
+            v0=start,
             certify=certify,
             seed=seed,
             progress=False,
@@ -125,16 +129,16 @@ def measure(
         notes += [f"trace: {note}" for note in estimate.notes]
     if optimizer is not None:
         found |= _threshold(optimizer, notes)
+    options: dict[str, Any] = {"tol": tol, "certify": certify, "seed": seed}
     if "preconditioned" in record:
         assert optimizer is not None
         if optimizer.state or not stability_threshold(optimizer).preconditioned:
             rescaled = preconditioned(operator, optimizer)
-            options = {"tol": tol, "certify": certify, "seed": seed}
             found |= _sharpness(rescaled, "preconditioned", spent, notes, options)
         else:
             notes.append("the optimiser has taken no step, so that there is no preconditioner yet")
     if batch is not None:
-        options = {"tol": tol, "certify": certify, "seed": seed}
+        options["v0"] = _start(top, batch, seed, step) if warm else None
         found |= _sharpness(batch, "batch", spent, notes, options)
     return Measurement(
         step=step,
@@ -151,7 +155,14 @@ def measure(
         notes=tuple(dict.fromkeys(notes)),
         provenance={
             "operator": operator.describe(),
-            "options": {"k": k, "which": which, "tol": tol, "record": sorted(record)},
+            "options": {
+                "k": k,
+                "which": which,
+                "tol": tol,
+                "record": sorted(record),
+                "certify": certify,
+                "warm": warm,
+            },
             "seed": seed,
             "versions": versions(),
         },
@@ -175,6 +186,18 @@ def check_record(record: Collection[str], optimizer: Optimizer | None) -> None:
     if "preconditioned" in names and optimizer is None:
         msg = "the preconditioned sharpness is that of an optimiser; pass optimizer="
         raise ArgumentError(msg)
+
+
+def _start(
+    vectors: Tensor | None, operator: SymmetricOperator, seed: int, step: int
+) -> Tensor | None:
+    """Earlier vectors and a random one as columns, whose sum is where a search starts."""
+    if vectors is None or not vectors.shape[1] or len(vectors) != operator.space.n:
+        return None
+    state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]) >> 1)
+    random = torch.randn(len(vectors), 1, generator=generator, dtype=vectors.dtype)
+    return torch.cat([vectors, random.to(vectors)], dim=1)
 
 
 @contextmanager
