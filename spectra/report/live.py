@@ -44,9 +44,9 @@ class LiveFigure:
             self.figure.canvas.flush_events()
 
     def _show_in_page(self) -> None:
-        from IPython.display import display
-
         if self._place is None:
+            from IPython.display import display
+
             self._place = display(self.figure, display_id=True)
         else:
             self._place.update(self.figure)
