@@ -59,11 +59,12 @@ def trained(directory, *callbacks, logger=False, **options):
         torch.utils.data.TensorDataset(*samples()), batch_size=8, shuffle=True
     )
     with warnings.catch_warnings():
-        # Of Lightning's, about loaders without workers and epochs shorter than its logging.
-        warnings.filterwarnings("ignore", message=".*does not have many workers")
-        warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
-        # Of torch, which Lightning's own LeafSpec check calls.
-        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.")
+        # Lightning's own use of torch.
+        warnings.filterwarnings(
+            "ignore",
+            message=r"`isinstance\(treespec, LeafSpec\)` is deprecated, use `isinstance\(treespec",
+            category=FutureWarning,
+        )
         trainer = pl.Trainer(
             max_epochs=2,
             accelerator="cpu",

@@ -1,7 +1,5 @@
 """transformers' own Trainer, with and without the callback."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -62,10 +60,7 @@ def trained(directory, callback=None, *, log_to_trainer=False, reports="none", *
         if log_to_trainer:
             callback._options["log"] = trainer.log
         trainer.add_callback(callback)
-    with warnings.catch_warnings():
-        # Of Trainer's loader, where there is no GPU.
-        warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no acc")
-        trainer.train()
+    trainer.train()
     return trainer
 
 
