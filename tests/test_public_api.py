@@ -22,12 +22,15 @@ ROOT = Path(spectra.__file__).parent
 # Promised for good; more may be added.
 PROMISED = [
     "Analysis",
+    "CurvatureMonitor",
     "Eigenpairs",
     "Estimate",
     "HessianOperator",
+    "Measurement",
     "ParameterSpace",
     "SpectraError",
     "SpectralDensity",
+    "Trajectory",
     "analyze",
     "as_operator",
     "deflated",
