@@ -113,7 +113,7 @@ def test_without_a_certificate_only_its_products_are_saved_and_it_is_said():
 
 
 def test_without_a_certificate_a_complete_space_is_complete():
-    pairs = spectra.eigsh(np.diag([3.0, 2.0, 2.0, 1.0]), 2, certify=False)
+    pairs = spectra.eigsh(np.diag([4.0, 3.0, 2.0, 1.0]), 4, certify=False)
     assert pairs.certified
     assert not pairs.notes
 

@@ -127,6 +127,8 @@ def test_surroundings_do_not_change_what_is_measured():
         again = train(True, make=make, around=around)[3].trajectory
         assert again[1].eigenvalues == plain[1].eigenvalues
         assert again[1].batch_sharpness == plain[1].batch_sharpness
+        # Or it could not be used outside.
+        assert not again.previous.vectors.is_inference()
 
 
 def test_autocast_around_does_not_reach_into_a_measurement():
