@@ -27,7 +27,9 @@ from spectra.algorithms.solve import Solution, solve
 from spectra.algorithms.trace import trace
 from spectra.analysis.analyze import Analysis, analyze
 from spectra.analysis.landscape import Landscape, landscape
+from spectra.analysis.monitor import CurvatureMonitor, log_spaced
 from spectra.analysis.preflight import Preflight, check
+from spectra.analysis.trajectory import Measurement, Trajectory
 from spectra.errors import SpectraError
 from spectra.objective import losses
 from spectra.objective.parameters import ParameterSpace
@@ -46,6 +48,7 @@ __all__ = [
     "BlockCoupling",
     "BlockSpectra",
     "BlockTraces",
+    "CurvatureMonitor",
     "DataSpread",
     "DiagonalEstimate",
     "Eigenpairs",
@@ -53,12 +56,14 @@ __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "Landscape",
+    "Measurement",
     "ParameterSpace",
     "Preflight",
     "Solution",
     "SpectraError",
     "SpectralDensity",
     "StabilityThreshold",
+    "Trajectory",
     "analyze",
     "as_operator",
     "block_coupling",
@@ -73,6 +78,7 @@ __all__ = [
     "errors",
     "landscape",
     "load",
+    "log_spaced",
     "logdet",
     "losses",
     "norm",

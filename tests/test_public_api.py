@@ -22,13 +22,16 @@ ROOT = Path(spectra.__file__).parent
 # Promised for good; more may be added.
 PROMISED = [
     "Analysis",
+    "CurvatureMonitor",
     "Eigenpairs",
     "Estimate",
     "GaussNewtonOperator",
     "HessianOperator",
+    "Measurement",
     "ParameterSpace",
     "SpectraError",
     "SpectralDensity",
+    "Trajectory",
     "analyze",
     "as_operator",
     "deflated",

@@ -365,9 +365,14 @@ class HessianOperator(SymmetricOperator):
             raise NonFiniteError(msg)
         return weights, forms
 
-    def release(self) -> None:
-        """Free the kept graphs; the next product builds them again."""
-        self._oracle.release()
+    def release(self, *, forget: bool = True) -> None:
+        """Free the kept graphs; the next product builds them again.
+
+        Which ones, is then decided anew by the memory there is; with `forget` false it is not
+        looked at, and the same are kept as before: for the same model and batches of the same
+        size at other weights, over and over.
+        """
+        self._oracle.release(forget=forget)
 
     def identity(self) -> dict[str, Any]:
         """Digests of weights, data and loss; reads all the data once."""

@@ -79,6 +79,8 @@ class Graphs:
         self._fallback: str | None = None
         self._parts: int | None = None
         self._kept: dict[int, GradientGraph] = {}
+        # Which graphs were found to fit, also while none is there.
+        self._fitting: frozenset[int] = frozenset()
         self._bytes = 0
         self._state: Any = None
 
@@ -102,7 +104,8 @@ class Graphs:
             return
         # What was found to fit is not tried again in every pass.
         decided = self._parts is not None
-        room = _Room(self._objective.space.device, self.memory_budget)
+        # Looking at the memory returns what was freed to the system, and the next use is slower.
+        room = None if decided else _Room(self._objective.space.device, self.memory_budget)
         kept: dict[int, GradientGraph] = {}
         place = -1
         for place, part in enumerate(self._objective.parts()):
@@ -110,22 +113,23 @@ class Graphs:
             if keep:
                 graph = self._kept[place]
             else:
-                room.start_one()
+                if room is not None:
+                    room.start_one()
                 graph = build(part)
                 # Undecided until it is seen what the work on it takes.
-                keep = self.policy != "fresh" and not decided
+                keep = place in self._fitting if decided else self.policy != "fresh"
             yield graph, keep
-            if keep and not decided:
+            if keep and room is not None:
                 keep = room.takes_one() or self.policy == "retained"
             if keep:
                 kept[place] = graph
             else:
                 graph.free()
         # Only now: a pass that failed half way must not pass for the whole data.
-        self._kept, self._parts = kept, place + 1
+        self._kept, self._parts, self._fitting = kept, place + 1, frozenset(kept)
         for graph in kept.values():
             graph.kept = True
-        if not decided:
+        if room is not None:
             self._bytes = room.used if self.policy == "auto" else room.growth()
         self._state = None
 
@@ -134,9 +138,11 @@ class Graphs:
         if self._kept and self._state is None:
             self._state = self._objective.state()
 
-    def release(self) -> None:
-        """Free the kept graphs; the next pass decides anew."""
-        self._kept, self._parts, self._state, self._bytes = {}, None, None, 0
+    def release(self, *, forget: bool = True) -> None:
+        """Free the kept graphs; the next pass decides anew, or builds the same ones again."""
+        self._kept, self._state = {}, None
+        if forget:
+            self._parts, self._fitting, self._bytes = None, frozenset(), 0
 
     def give_up(self) -> bool:
         """After memory ran out: keep none from now on; whether that can help."""

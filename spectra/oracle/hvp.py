@@ -290,10 +290,10 @@ class HvpOracle:
         self._checked = True
         return np.array(weights), np.array(forms)
 
-    def release(self) -> None:
+    def release(self, *, forget: bool = True) -> None:
         """Free the kept graphs; the next product builds them again."""
         with _ONE_AT_A_TIME:
-            self._graphs.release()
+            self._graphs.release(forget=forget)
             self._values.forget()
 
     def describe(self) -> dict[str, Any]:

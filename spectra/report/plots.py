@@ -30,6 +30,7 @@ from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.analysis.analyze import Analysis
 from spectra.analysis.landscape import Landscape
+from spectra.analysis.trajectory import Trajectory
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.names import printable, short_name
 
@@ -44,6 +45,7 @@ __all__ = [
     "plot_eigenpairs",
     "plot_estimate",
     "plot_landscape",
+    "plot_trajectory",
 ]
 
 # Inches: the width of a page's text, at which 9 to 10 point lettering reads well in print.
@@ -76,11 +78,12 @@ def plot(result: Result, ax: Axes | None = None, **options: Any) -> Axes:
     Parameters
     ----------
     result
-        `Eigenpairs`, `SpectralDensity`, `Estimate`, `BlockTraces` or `Landscape`.
+        `Eigenpairs`, `SpectralDensity`, `Estimate`, `BlockTraces`, `Landscape` or `Trajectory`.
     ax
         Where to draw; a new pyplot figure by default.
     options
-        Of `plot_eigenpairs`, `plot_density`, `plot_estimate`, `plot_blocks` or `plot_landscape`.
+        Of `plot_eigenpairs`, `plot_density`, `plot_estimate`, `plot_blocks`, `plot_landscape` or
+        `plot_trajectory`.
 
     Returns
     -------
@@ -331,6 +334,83 @@ def plot_blocks(blocks: BlockTraces, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_trajectory(
+    trajectory: Trajectory,
+    ax: Axes | None = None,
+    *,
+    quantity: Literal["sharpness", "preconditioned"] | None = None,
+) -> Axes:
+    """The sharpness over the steps, with residuals as error bars, against the threshold.
+
+    Parameters
+    ----------
+    trajectory
+        Of a `CurvatureMonitor`, or of checkpoints. What did not converge is drawn hollow.
+    ax
+        Where to draw; a new pyplot figure by default.
+    quantity
+        "sharpness" or "preconditioned"; by default the one that the threshold is of, if it was
+        measured. The threshold is drawn beside the one that it is of.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ArgumentError
+        Another quantity, or one that was not measured.
+    ArgumentTypeError
+        `ax` is no matplotlib Axes.
+    """
+    of_threshold = any(m.threshold_preconditioned for m in trajectory)
+    rescaled = [m.preconditioned_sharpness for m in trajectory]
+    if quantity is None:
+        shown = of_threshold and not np.isnan(rescaled).all()
+        quantity = "preconditioned" if shown else "sharpness"
+    if quantity not in {"sharpness", "preconditioned"}:
+        msg = f"quantity={quantity!r}; expected 'sharpness' or 'preconditioned'"
+        raise ArgumentError(msg)
+    name = "sharpness" if quantity == "sharpness" else "preconditioned_sharpness"
+    error = name.removesuffix("sharpness") + (
+        "sharpness_residual" if name == quantity else "residual"
+    )
+    steps = np.array([m.step for m in trajectory])
+    values, errors = (np.array([getattr(m, n) for m in trajectory]) for n in (name, error))
+    if np.isnan(values).all():
+        msg = f"no measurement of the trajectory has a {name.replace('_', ' ')} to draw"
+        raise ArgumentError(msg)
+    ax = _axes(ax)
+    fine = np.array([getattr(m, f"{quantity}_converged") is not False for m in trajectory])
+    label = "λ_max" if quantity == "sharpness" else "λ_max, preconditioned"
+    ax.plot(steps, values, color=_EIGENVALUES, linewidth=1.0)
+    for chosen, face, words in ((fine, _EIGENVALUES, label), (~fine, "none", "not converged")):
+        if chosen.any():
+            ax.errorbar(
+                steps[chosen],
+                values[chosen],
+                yerr=errors[chosen],
+                fmt="o",
+                markersize=4.5,
+                color=_EIGENVALUES,
+                markerfacecolor=face,
+                capsize=3,
+                label=f"{words} ± residual",
+            )
+    batch = np.array([m.batch_sharpness for m in trajectory])
+    if quantity == "sharpness" and not np.isnan(batch).all():
+        ax.plot(steps, batch, "x", color=_DENSITY, markersize=4.5, label="of the current batch")
+    threshold = np.array([m.threshold for m in trajectory])
+    if of_threshold == (quantity == "preconditioned") and np.isfinite(threshold).any():
+        formula = next(m.threshold_formula for m in trajectory if m.threshold_formula)
+        ax.plot(steps, threshold, "--", color=_GREY, linewidth=1.2, label=f"threshold, {formula}")
+    ax.set_xlabel("step")
+    ax.set_ylabel("sharpness" if quantity == "sharpness" else "preconditioned sharpness")
+    _finish(ax, f"{label} over {len(steps)} measurements")
+    ax.legend(loc="best", fontsize="small")
+    return ax
+
+
 def plot_landscape(surface: Landscape, ax: Axes | None = None) -> Axes:
     """The loss along directions as curves, or over a plane as contours, and its quadratic model.
 
@@ -397,6 +477,7 @@ _DRAW: dict[type, Callable[..., Axes]] = {
     Estimate: plot_estimate,
     BlockTraces: plot_blocks,
     Landscape: plot_landscape,
+    Trajectory: plot_trajectory,
 }
 
 

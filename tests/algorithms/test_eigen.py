@@ -100,6 +100,24 @@ def test_large_spectra_agree_with_what_they_were_made_of(make, which):
     assert pairs.values == pytest.approx(wanted(values, 6, which), abs=1e-8)
 
 
+def test_without_a_certificate_only_its_products_are_saved_and_it_is_said():
+    matrix = Rotated(s1())
+    certified = spectra.eigsh(matrix, 3, which="LA", seed=2)
+    plain = spectra.eigsh(matrix, 3, which="LA", seed=2, certify=False)
+    assert certified.matvecs - plain.matvecs >= CERTIFICATE
+    assert not plain.certified
+    assert plain.no_eigenvalue_above is None
+    assert plain.converged.all()
+    np.testing.assert_allclose(plain.values, certified.values, rtol=1e-5)
+    assert any("certify=False: nobody looked for missed eigenvalues" in n for n in plain.notes)
+
+
+def test_without_a_certificate_a_complete_space_is_complete():
+    pairs = spectra.eigsh(np.diag([4.0, 3.0, 2.0, 1.0]), 4, certify=False)
+    assert pairs.certified
+    assert not pairs.notes
+
+
 def test_the_default_tolerance_gives_eigenvalues_to_its_square():
     values = s1(1000)
     pairs = spectra.eigsh(Rotated(values), 10)

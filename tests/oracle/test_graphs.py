@@ -120,6 +120,36 @@ def test_released_graphs_are_counted_anew():
     assert operator.describe()["graphs"]["retained"] == 2
 
 
+def test_what_was_found_to_fit_is_kept_again_without_a_look_at_the_memory(monkeypatch):
+    operator, _ = wide(parts=3)
+    first = operator @ ones(operator)
+    operator.release(forget=False)
+    assert operator.describe()["graphs"]["retained"] == 0
+
+    def look(*_):
+        msg = "looked at the memory"
+        raise AssertionError(msg)
+
+    monkeypatch.setattr("spectra.oracle.graphs.held_bytes", look)
+    monkeypatch.setattr("spectra.oracle.graphs.free_bytes", look)
+    torch.testing.assert_close(operator @ ones(operator), first, rtol=0, atol=0)
+    assert operator.describe()["graphs"]["retained"] == 3
+    operator.release()
+    with pytest.raises(AssertionError, match="looked at the memory"):
+        operator @ ones(operator)
+
+
+def test_what_was_found_not_to_fit_is_built_anew_after_a_release():
+    operator, loss_calls = wide(parts=3, memory_budget=0)
+    operator @ ones(operator)
+    operator.release(forget=False)
+    for _ in range(2):
+        before = len(loss_calls)
+        operator @ ones(operator)
+        assert len(loss_calls) - before == 3
+    assert operator.describe()["graphs"]["retained"] == 0
+
+
 # --- when they are dropped -----------------------------------------------------------------------
 
 
