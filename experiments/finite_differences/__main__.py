@@ -94,7 +94,7 @@ class Problem:
 
     def exact(self, v: Tensor) -> Tensor:
         """Hv by double backward."""
-        return self.hessian.apply(v.to(self.hessian.dtype)).double()
+        return self.hessian.apply(v.to(self.hessian.space.dtype)).double()
 
     def difference(self, v: Tensor, step: float) -> Tensor:
         """(g(θ + hv) − g(θ − hv)) / 2h: computed in the dtype, subtracted in float64."""
@@ -163,8 +163,7 @@ def run(*, fast: bool) -> dict[str, Any]:
             found["summary"][f"cnn {name} {way}"] = float(np.median([row[key] for row in rows]))
     found["expected"] = EXPECTED
     found["held"] = {
-        key: bool(least <= found["summary"][key] <= most)
-        for key, (least, most) in EXPECTED.items()
+        key: bool(least <= found["summary"][key] <= most) for key, (least, most) in EXPECTED.items()
     }
     found["seconds"], found["torch"] = round(time.perf_counter() - began, 1), torch.__version__
     return found
