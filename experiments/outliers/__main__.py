@@ -51,7 +51,7 @@ def digits(classes: int) -> tuple[Tensor, Tensor]:
 def gap(values: np.ndarray, classes: int) -> int:
     """After how many eigenvalues the ratio to the next is largest; the first alone is no count.
 
-    The first is left out because one eigenvalue far above all is common, and says nothing of classes.
+    The first is left out: one eigenvalue far above all is common, and says nothing of classes.
     """
     ratios = values[1 : classes + 4] / np.maximum(values[2 : classes + 5], 1e-12)
     return int(np.argmax(ratios)) + 2
@@ -62,8 +62,8 @@ def measure(model: nn.Module, criterion: Any, data: Any, classes: int) -> dict[s
     loss = spectra.losses.supervised(criterion)
     hessian = spectra.HessianOperator(model, loss, [data])
     gauss_newton = spectra.GaussNewtonOperator(model, loss, [data])
-    top = spectra.eigsh(hessian, k=classes + 6)
-    top_g = spectra.eigsh(gauss_newton, k=classes + 6)
+    top = spectra.eigsh(hessian, k=classes + 6, which="LA")
+    top_g = spectra.eigsh(gauss_newton, k=classes + 6, which="LA")
     rest = spectra.eigsh(hessian - gauss_newton, k=1, which="LM")
     values, values_g = np.asarray(top.values), np.asarray(top_g.values)
     gradient = hessian.gradient()
