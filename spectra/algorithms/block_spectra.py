@@ -55,8 +55,8 @@ class BlockSpectra(Result):
 
     def __str__(self) -> str:
         lines = [
-            f"spectra of {len(self.names)} blocks ({self.passes} passes over the data, "
-            f"{self.matvecs} products of blocks; ± residual or half interval)"
+            f"spectra of {len(self.names)} blocks: ± residual, or half of an interval",
+            f"({self.passes} passes over the data, {self.matvecs} products of blocks)",
         ]
         table = [["block", "parameters", "λ_max", "±", "λ_min", "±", "trace", "±", "‖·‖_F"]]
         for name, size in list(zip(self.names, self.sizes, strict=True))[:_SHOWN_ROWS]:

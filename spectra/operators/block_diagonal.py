@@ -162,18 +162,20 @@ class BlockDiagonalOperator(SymmetricOperator):
         return vector
 
     def _products(self, rows: Tensor) -> Tensor:
-        # What is zero in all rows is multiplied by nothing.
+        # Rows that are zero in a block are not multiplied by it: those of a dense matrix mostly.
         asked: dict[str, Tensor] = {}
+        chosen: dict[str, Tensor] = {}
         for block in self.names:
             own = torch.stack([self.restricted(row, block) for row in rows])
-            if bool(own.any()):
-                asked[block] = own
+            there = own.any(dim=1).nonzero().squeeze(1)
+            if len(there):
+                asked[block], chosen[block] = own[there], there
         out = self.space.zeros(len(rows))
         slices = list(self.space.slices.values())
         for block, products in zip(asked, self._block_products(asked), strict=True):
             views = self._spaces[block].slices.values()
             for i, view in zip(self._places[block], views, strict=True):
-                out[:, slices[i]] = products[:, view]
+                out[chosen[block], slices[i]] = products[:, view]
         return out
 
     def _block_products(self, asked: dict[str, Tensor]) -> list[Tensor]:
@@ -211,7 +213,7 @@ class _Block(SymmetricOperator):
         return self._ask(rows)
 
     def _culprit(self) -> str:
-        return f"of block {self._block!r}; ask it by itself, blocks[name], for the place"
+        return f"a product with the block by itself, blocks[{self._block!r}], says where from"
 
 
 def _check(names: Sequence[str], groups: Mapping[str, Sequence[int]]) -> None:

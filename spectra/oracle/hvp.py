@@ -249,6 +249,8 @@ class HvpOracle:
                     sum_.add(terms, graph.part.weight)
                 tally.add(graph.part, graph.value, depends=graph.depends)
             normaliser = self._normaliser(tally)
+        # Each of them looks at the whole graph, not only at the part of its block.
+        self._checked = self._checked or bool(work)
         for _, _, sum_ in work:
             sum_.divide(normaliser)
         return outs
