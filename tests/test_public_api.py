@@ -31,6 +31,8 @@ PROMISED = [
     "SpectralDensity",
     "analyze",
     "as_operator",
+    "block_coupling",
+    "block_spectra",
     "deflated",
     "eigsh",
     "errors",
