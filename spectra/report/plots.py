@@ -439,8 +439,8 @@ def plot_coupling(coupling: BlockCoupling, ax: Axes | None = None) -> Axes:
     size = "small" if len(names) <= 15 else "xx-small"
     ax.set_xticks(np.arange(len(names)), names, parse_math=False, rotation=90, fontsize=size)
     low, high = coupling.outside_interval
-    share = f"{coupling.outside:.3g}, {coupling.confidence:.0%} interval [{low:.3g}, {high:.3g}]"
-    _finish(ax, f"Outside of the diagonal blocks: {share}")
+    title = f"‖H − D‖/‖H‖ = {coupling.outside:.3g}, "
+    _finish(ax, f"{title}{coupling.confidence:.0%} interval [{low:.3g}, {high:.3g}]")
     ax.grid(visible=False)
     return ax
 

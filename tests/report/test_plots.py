@@ -536,7 +536,9 @@ def test_the_colours_are_the_norms_of_the_blocks(ax, coupling):
     for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
         assert [label.get_text() for label in labels] == list(coupling.names)
     low, high = coupling.outside_interval
-    assert f"{coupling.outside:.3g}, 95% interval [{low:.3g}, {high:.3g}]" in title(ax)
+    assert f"‖H − D‖/‖H‖ = {coupling.outside:.3g}, 95% interval [{low:.3g}, {high:.3g}]" in title(
+        ax
+    )
 
 
 def test_blocks_that_may_be_zero_are_crossed_out(ax, coupling):
