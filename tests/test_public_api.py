@@ -34,6 +34,8 @@ PROMISED = [
     "Trajectory",
     "analyze",
     "as_operator",
+    "block_coupling",
+    "block_spectra",
     "deflated",
     "eigsh",
     "errors",

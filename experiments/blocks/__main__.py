@@ -31,7 +31,7 @@ LEAST_SECONDS = 0.03
 
 
 def chain(layers: int) -> Workload:
-    """Equal tanh layers of 256 units, for which the cost of a block is known: (L + 1) / 6."""
+    """Equal tanh layers of 256 units, of which the work of a block can be counted."""
     torch.manual_seed(0)
     parts = [part for _ in range(layers) for part in (nn.Linear(256, 256, bias=False), nn.Tanh())]
     batch = (torch.randn(512, 256), torch.randint(0, 256, (512,)))

@@ -55,25 +55,26 @@ class BlockSpectra(Result):
 
     def __str__(self) -> str:
         lines = [
-            f"spectra of {len(self.names)} blocks: ± residual, or half of an interval",
+            f"spectra of {len(self.names)} blocks: ± the larger residual, or half of an interval",
             f"({self.passes} passes over the data, {self.matvecs} products of blocks)",
         ]
-        table = [["block", "parameters", "λ_max", "±", "λ_min", "±", "trace", "±", "‖·‖_F"]]
+        table = [["block", "size", "λ_max", "λ_min", "±", "trace", "±", "‖·‖_F", "±"]]
         for name, size in list(zip(self.names, self.sizes, strict=True))[:_SHOWN_ROWS]:
             pairs, total = self.eigenpairs[name], self.traces[name]
-            low, high = total.interval()
+            size_of = self.norms[name]
+            errors = [(high - low) / 2 for low, high in (total.interval(), size_of.interval())]
             marks = ["" if pairs.converged[i] else "*" for i in (0, -1)]
             table.append(
                 [
-                    short_name(name or "(itself)", 16),
+                    short_name(name or "(itself)", 12),
                     f"{size:,}",
                     f"{pairs.values[0]:.3g}{marks[0]}",
-                    f"{pairs.residuals[0]:.0e}",
                     f"{pairs.values[-1]:.3g}{marks[1]}",
-                    f"{pairs.residuals[-1]:.0e}",
+                    f"{max(pairs.residuals[0], pairs.residuals[-1]):.0e}",
                     f"{total.value:.3g}",
-                    f"{(high - low) / 2:.0e}",
-                    f"{self.norms[name].value:.3g}",
+                    f"{errors[0]:.0e}",
+                    f"{size_of.value:.3g}",
+                    f"{errors[1]:.0e}",
                 ]
             )
         lines += aligned(table)

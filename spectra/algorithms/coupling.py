@@ -91,6 +91,18 @@ class BlockCoupling(Result):
         shares: np.ndarray = np.sqrt(np.divide(off, rows, out=np.zeros_like(off), where=rows > 0))
         return shares
 
+    @property
+    def outside_by_block_errors(self) -> np.ndarray:
+        """(blocks,) standard errors of `outside_by_block`, by the delta method."""
+        rows = self.samples.sum(axis=2)
+        off = rows - np.diagonal(self.samples, axis1=1, axis2=2)
+        outside = self.outside_by_block
+        deviations = (off - outside**2 * rows).std(axis=0, ddof=1) / math.sqrt(len(rows))
+        # Of the square; half of that, relative to the root. Where nothing is outside, nothing is.
+        twice = 2 * outside * rows.mean(axis=0)
+        errors: np.ndarray = np.divide(deviations, twice, out=np.zeros_like(twice), where=twice > 0)
+        return errors
+
     @staticmethod
     def _shares(squares: np.ndarray) -> float:
         total = float(squares.sum())
@@ -102,20 +114,24 @@ class BlockCoupling(Result):
             f"outside of the {len(self.names)} diagonal blocks lies "
             f"‖H − D‖/‖H‖ = {self.outside:.3g} of the Frobenius norm",
             f"({self.confidence:.0%} interval [{low:.3g}, {high:.3g}], {len(self.samples)} probes; "
-            f"{self.matvecs} matvecs)",
+            f"{self.matvecs} matvecs; ± standard errors)",
         ]
-        table = [["block", "parameters", "‖H_aa‖", "outside", "most with"]]
-        squares, outside = self.squares, self.outside_by_block
+        table = [["block", "parameters", "‖H_aa‖", "±", "outside", "±", "most with"]]
+        squares, errors = self.squares, self.standard_errors
+        outside, outside_errors = self.outside_by_block, self.outside_by_block_errors
         others = squares - np.diag(np.diag(squares))
         for a in range(min(len(self.names), _SHOWN_ROWS)):
             strongest = int(others[a].argmax())
+            size = math.sqrt(squares[a, a])
             table.append(
                 [
-                    short_name(self.names[a] or "(itself)", 24),
+                    short_name(self.names[a] or "(itself)", 18),
                     f"{self.sizes[a]:,}",
-                    f"{math.sqrt(squares[a, a]):.4g}",
+                    f"{size:.4g}",
+                    f"{errors[a, a] / (2 * size) if size else 0.0:.0e}",
                     f"{outside[a]:.1%}",
-                    short_name(self.names[strongest], 20) if others[a, strongest] > 0 else "-",
+                    f"{outside_errors[a]:.1%}",
+                    short_name(self.names[strongest], 14) if others[a, strongest] > 0 else "-",
                 ]
             )
         lines += aligned(table)

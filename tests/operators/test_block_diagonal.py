@@ -55,6 +55,13 @@ def transformer(kind=HessianOperator, **options):
     return kind(TinyGPT(width=4), causal_lm(), batches, **options)
 
 
+def nested(**options):
+    """Two transformer blocks, with long names."""
+    torch.manual_seed(0)
+    batches = [{"input_ids": part} for part in torch.randint(0, 7, (5, 6)).split(3)]
+    return HessianOperator(StackedGPT(2, width=4).double(), causal_lm(), batches, **options)
+
+
 def convolution(kind=HessianOperator, **options):
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -128,11 +135,7 @@ def test_all_blocks_are_those_of_the_gauss_newton_matrix(network):
 
 
 def test_blocks_of_recomputed_layers():
-    torch.manual_seed(0)
-    tokens = torch.randint(0, 7, (5, 6))
-    model = StackedGPT(2, width=4).double()
-    batches = [{"input_ids": part} for part in tokens.split(3)]
-    H = HessianOperator(model, causal_lm(), batches, recompute="blocks.*")
+    H = nested(recompute="blocks.*")
     blocks = H.blocks("layer")
     assert {"blocks.0", "blocks.1"} < set(blocks)
     rows = torch.randn(H.space.n, 2).double()

@@ -8,17 +8,20 @@ import re
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from torch import nn
 
 import spectra
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.report import plots
 from spectra.results import Result
 from tests.cases.matrices import Diagonal, Layered, dense, s1, s4, semicircle
+from tests.cases.networks import tanh_mlp, wine
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +66,26 @@ def blocks():
 
 
 @pytest.fixture(scope="module")
+def block_spectra():
+    return spectra.block_spectra(perceptron(), rtol=0.3)
+
+
+@pytest.fixture(scope="module")
+def coupling():
+    return spectra.block_coupling(perceptron())
+
+
+@pytest.fixture(scope="module")
 def unconverged():
     pairs = spectra.eigsh(Diagonal(semicircle(400)), 8, max_matvecs=50, progress=False)
     assert 0 < pairs.converged.sum() < 8
     return pairs
+
+
+def perceptron() -> spectra.HessianOperator:
+    loss = spectra.losses.supervised(nn.CrossEntropyLoss())
+    torch.manual_seed(0)
+    return spectra.HessianOperator(tanh_mlp(), loss, [wine()])
 
 
 def settings() -> dict:
@@ -485,10 +504,66 @@ def test_long_names_are_cut_at_the_front(ax):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["…" + "a" * 27 + ".b", "c"]
 
 
+# --- principal blocks ----------------------------------------------------------------------------
+
+
+def test_every_block_has_a_row_with_its_eigenvalues_from_the_top(ax, block_spectra):
+    plots.plot_block_spectra(block_spectra, ax)
+    drawn = labelled(ax, "eigenvalue ± residual").lines[0]
+    pairs = [block_spectra.eigenpairs[name] for name in block_spectra.names]
+    np.testing.assert_array_equal(drawn.get_xdata(), np.concatenate([p.values for p in pairs]))
+    np.testing.assert_array_equal(drawn.get_ydata(), np.repeat(range(len(pairs)), 2))
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(block_spectra.names)
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert title(ax).startswith(f"Extreme eigenvalues of 3 blocks ({block_spectra.passes} passes")
+
+
+def test_pairs_of_a_block_that_did_not_converge_are_hollow_and_said(ax, block_spectra):
+    pairs = block_spectra.eigenpairs["2"]
+    missed = dataclasses.replace(pairs, converged=np.array([True, False]))
+    found = dataclasses.replace(block_spectra, eigenpairs={**block_spectra.eigenpairs, "2": missed})
+    plots.plot_block_spectra(found, ax)
+    hollow = labelled(ax, "not converged (1 of 6)").lines[0]
+    assert hollow.get_xdata().tolist() == [pairs.values[1]]
+    assert to_rgba(hollow.get_markerfacecolor()) == to_rgba(ax.get_facecolor())
+
+
+def test_the_colours_are_the_norms_of_the_blocks(ax, coupling):
+    plots.plot_coupling(coupling, ax)
+    (image,) = ax.get_images()
+    assert np.asarray(image.get_array()) == pytest.approx(np.sqrt(coupling.squares))
+    assert image.norm.vmax == np.sqrt(coupling.squares.max())
+    for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+        assert [label.get_text() for label in labels] == list(coupling.names)
+    low, high = coupling.outside_interval
+    assert f"‖H − D‖/‖H‖ = {coupling.outside:.3g}, 95% interval [{low:.3g}, {high:.3g}]" in title(
+        ax
+    )
+
+
+def test_blocks_that_may_be_zero_are_crossed_out(ax, coupling):
+    samples = coupling.samples.copy()
+    samples[:, 0, 2] = samples[:, 2, 0] = 0.0
+    plots.plot_coupling(dataclasses.replace(coupling, samples=samples), ax)
+    (crosses,) = ax.get_lines()
+    crossed = {tuple(place) for place in crosses.get_xydata().astype(int).tolist()}
+    assert {(0, 2), (2, 0)} <= crossed
+    (image,) = ax.get_images()
+    # Off the scale, and finite.
+    assert image.get_array()[0, 2] == image.norm.vmin > 0
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_blocks_that_are_all_alike_can_be_drawn(ax, coupling, value):
+    samples = np.full_like(coupling.samples, value)
+    plots.plot_coupling(dataclasses.replace(coupling, samples=samples), ax)
+    assert len(ax.get_images()) == 1
+
+
 # --- all kinds -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["pairs", "density", "trace", "blocks"])
+@pytest.mark.parametrize("kind", ["pairs", "density", "trace", "blocks", "block_spectra"])
 def test_every_result_plots_itself_also_when_loaded(ax, kind, request, tmp_path):
     result = request.getfixturevalue(kind)
     loaded = spectra.load(result.save(tmp_path / kind))
@@ -497,6 +572,14 @@ def test_every_result_plots_itself_also_when_loaded(ax, kind, request, tmp_path)
     assert title(again) == title(ax)
     assert legend(again) == legend(ax)
     np.testing.assert_array_equal(again.get_lines()[0].get_xydata(), ax.get_lines()[0].get_xydata())
+
+
+def test_a_coupling_plots_itself_also_when_loaded(ax, coupling, tmp_path):
+    loaded = spectra.load(coupling.save(tmp_path / "coupling"))
+    assert coupling.plot(ax) is ax
+    again = loaded.plot(Figure().add_subplot())
+    assert title(again) == title(ax)
+    np.testing.assert_array_equal(again.get_images()[0].get_array(), ax.get_images()[0].get_array())
 
 
 def test_options_reach_the_figure_of_the_kind(ax, density):
@@ -522,7 +605,9 @@ def test_a_result_without_a_figure_is_refused(ax):
         plots.plot(Result(), ax)
 
 
-@pytest.mark.parametrize("kind", ["pairs", "density", "trace", "blocks"])
+@pytest.mark.parametrize(
+    "kind", ["pairs", "density", "trace", "blocks", "block_spectra", "coupling"]
+)
 def test_what_is_no_axes_is_refused(kind, request):
     with pytest.raises(ArgumentTypeError, match="ax is a Figure; expected one matplotlib Axes"):
         request.getfixturevalue(kind).plot(Figure())
