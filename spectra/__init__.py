@@ -29,6 +29,7 @@ from spectra.analysis.analyze import Analysis, analyze
 from spectra.analysis.landscape import Landscape, landscape
 from spectra.analysis.monitor import CurvatureMonitor, log_spaced
 from spectra.analysis.preflight import Preflight, check
+from spectra.analysis.track import track
 from spectra.analysis.trajectory import Measurement, Trajectory
 from spectra.errors import SpectraError
 from spectra.objective import losses
@@ -93,4 +94,5 @@ __all__ = [
     "spectral_sum",
     "stability_threshold",
     "trace",
+    "track",
 ]

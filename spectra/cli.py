@@ -21,14 +21,17 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.optim import Optimizer
 
 from spectra.analysis import storage
 from spectra.analysis.analyze import Analysis, analyze
 from spectra.analysis.budget import parse_budget
 from spectra.analysis.preflight import check
+from spectra.analysis.track import track
+from spectra.analysis.trajectory import Measurement
 from spectra.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -80,6 +83,20 @@ The directory --out receives run.json (every number with its error), the result 
 (analysis.json, analysis.safetensors: spectra.load reads it), figures, and report.html. Until it is
 finished it also holds a checkpoint; a run that was ended, by whatever, goes on with --resume.
 """
+_TRACK = """\
+Measures the curvature at weights that a training saved, one CHECKPOINT after the other, in the
+order of their steps. A CHECKPOINT is a file (.pt, .pth, .bin, .ckpt: a state_dict, by itself or
+under "model", "state_dict" or the like; .safetensors) or a directory of Hugging Face's.
+
+TARGET is file.py:function or package.module:function, as for `spectra analyze`: the model that the
+weights are of, a loss, and the data to measure on. Where it returns (model, loss, data, optimizer),
+the optimiser's saved state is put into that, for --preconditioned and the stability threshold. With
+--hf MODEL_DIR --text FILE instead of TARGET, every argument is a CHECKPOINT.
+
+The directory --out receives trajectory.json and trajectory.safetensors (spectra.load reads them),
+and the figure. They are written after every measurement: a run that was ended goes on with
+--resume, and so does a finished one, with the CHECKPOINTs that came since.
+"""
 _FIGURES = frozenset({"eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"})
 # Options of `analyze` that go with --hf, by its tasks.
 _LANGUAGE = ("tokens_per_sequence", "sequences_per_batch", "max_tokens", "dtype", "device")
@@ -90,6 +107,15 @@ _TASKS = {
 }
 _OPERATOR_OPTIONS = ("graph", "memory_budget", "recompute", "compute_dtype", "microbatch")
 _MODEL_OPTIONS = tuple(dict.fromkeys(name for names in _TASKS.values() for name in names))
+
+
+class _Asked(NamedTuple):
+    """What is analysed, what to call it, and where it comes from."""
+
+    operator: SymmetricOperator
+    title: str
+    source: dict[str, Any]
+    optimizer: Optimizer | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,7 +199,7 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
         return functools.partial(_say_finished, arguments)
     checkpoint = _checkpoint(arguments)
     say = _silent if arguments.json else _say
-    operator, title, source = _asked_about(arguments, say)
+    operator, title, source, _ = _asked_about(arguments, say)
     n = operator.space.n
     if arguments.top is not None and arguments.top > n:
         msg = f"--top {arguments.top}, but there are only {n} parameters, so {n} eigenvalues"
@@ -250,7 +276,7 @@ def _checkpoint(arguments: argparse.Namespace) -> Path:
 def _check(arguments: argparse.Namespace) -> Callable[[], int]:
     _check_kind(arguments)
     say = _silent if arguments.json else _say
-    operator, title, _ = _asked_about(arguments, say)
+    operator, title, *_ = _asked_about(arguments, say)
 
     def run() -> int:
         say(f"Checking the Hessian of {title} by some gradients and four products …\n")
@@ -262,6 +288,113 @@ def _check(arguments: argparse.Namespace) -> Callable[[], int]:
         return _NOT_CONVERGED if wrong else _CONVERGED
 
     return run
+
+
+def _track(arguments: argparse.Namespace) -> Callable[[], int]:
+    places = arguments.places
+    arguments.target = None if arguments.hf else places[0]
+    checkpoints = places if arguments.hf else places[1:]
+    _check_kind(arguments)
+    if not checkpoints:
+        msg = f"no CHECKPOINT to measure at; name files or directories after {places[0]}"
+        raise TargetError(msg)
+    stem = _trajectory(arguments)
+    say = _silent if arguments.json else _say
+    operator, title, _, optimizer = _asked_about(arguments, say)
+    if not isinstance(operator, HessianOperator):
+        msg = f"{title} is a {type(operator).__name__}, expected a HessianOperator of a model"
+        raise TargetError(msg)
+    record = ["gradient", "rotation"]
+    record += ["trace"] if arguments.trace else []
+    record += ["preconditioned"] if arguments.preconditioned else []
+    if arguments.preconditioned and optimizer is None:
+        msg = "--preconditioned needs the optimiser: return (model, loss, data, optimizer)"
+        raise TargetError(msg)
+    return functools.partial(
+        _measure_along,
+        operator,
+        checkpoints,
+        {
+            "k": arguments.top,
+            "which": arguments.which,
+            "tol": arguments.tol,
+            "record": record,
+            "optimizer": None if arguments.lr else optimizer,
+            "learning_rate": arguments.lr,
+            "seed": arguments.seed,
+        },
+        stem=stem,
+        title=title,
+        say=say,
+        as_json=arguments.json,
+    )
+
+
+def _trajectory(arguments: argparse.Namespace) -> Path:
+    """Where the trajectory is kept, once it is clear that it may be."""
+    out: Path = arguments.out
+    stem = out / "trajectory"
+    kept = [stem.with_suffix(kind) for kind in (".json", ".safetensors", ".part")]
+    if arguments.resume and arguments.overwrite:
+        msg = "--resume goes on with the trajectory in DIR, --overwrite replaces it; give one"
+        raise ArgumentError(msg)
+    present = [path.name for path in kept if path.exists()]
+    if present and not (arguments.resume or arguments.overwrite):
+        msg = (
+            f"{str(out)!r} holds a trajectory ({present[0]}); go on with it by --resume, begin "
+            "anew by --overwrite, or name another directory"
+        )
+        raise ArgumentError(msg)
+    storage.check_directory(out, overwrite=True)
+    if arguments.overwrite:
+        for path in kept:
+            path.unlink(missing_ok=True)
+    return stem
+
+
+def _measure_along(
+    operator: HessianOperator,
+    checkpoints: Sequence[str],
+    options: dict[str, Any],
+    *,
+    stem: Path,
+    title: str,
+    say: Callable[[str], None],
+    as_json: bool,
+) -> int:
+    """Track, draw, and say what came out."""
+    from spectra.report.report import save_figures
+
+    n, count = operator.space.n, len(checkpoints)
+    at = f"{count} checkpoint{'' if count == 1 else 's'}"
+    say(f"Measuring the Hessian of {title} at {at}: n = {n:,}\n")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with _stdout_to_stderr(as_json):
+        trajectory = track(operator, checkpoints, checkpoint=stem, **options)
+    say(f"{trajectory}\n")
+    figures = save_figures(trajectory, stem.parent)
+    if as_json:
+        document = {
+            "title": title,
+            "rows": trajectory.rows(),
+            "notes": list(trajectory.notes),
+            "partial": trajectory.partial,
+        }
+        _say(json.dumps(storage.finite(document), indent=1, allow_nan=False))
+    drawn = "".join(f" and {path}" for path in figures.values())
+    say(f"Wrote {stem.with_suffix('.json')}{drawn}")
+    if trajectory.partial:
+        how = "the same command with --resume goes on from there"
+        print(f"spectra: what was computed is in {stem.parent}; {how}", file=sys.stderr)
+        return _TERMINATED if trajectory.provenance["stopped_by"] == "SIGTERM" else _INTERRUPTED
+    fine = all(_reached(m) for m in trajectory)
+    return _CONVERGED if fine else _NOT_CONVERGED
+
+
+def _reached(m: Measurement) -> bool:
+    """Everything that was measured there has its tolerance."""
+    verdicts = (*m.converged, m.trace_converged, m.preconditioned_converged)
+    return not m.error and False not in verdicts
 
 
 def _report(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -369,17 +502,13 @@ def _check_kind(arguments: argparse.Namespace) -> None:
             raise TargetError(msg)
 
 
-def _asked_about(
-    arguments: argparse.Namespace, say: Callable[[str], None]
-) -> tuple[SymmetricOperator, str, dict[str, Any]]:
-    """The operator, what to call it, and where it comes from."""
+def _asked_about(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Asked:
+    """What the arguments name."""
     with _stdout_to_stderr(arguments.json):
         return _from_text(arguments, say) if arguments.hf else _from_target(arguments)
 
 
-def _from_text(
-    arguments: argparse.Namespace, say: Callable[[str], None]
-) -> tuple[SymmetricOperator, str, dict[str, Any]]:
+def _from_text(arguments: argparse.Namespace, say: Callable[[str], None]) -> _Asked:
     from spectra.integrations import huggingface
 
     task = arguments.task or huggingface.task_of(arguments.hf)
@@ -404,7 +533,7 @@ def _from_text(
             "sequences\n"
         )
     operator = HessianOperator(model, loss, data, arguments.params, **_means(arguments))
-    return operator, f"{arguments.hf.resolve().name} on {arguments.text.name}", source
+    return _Asked(operator, f"{arguments.hf.resolve().name} on {arguments.text.name}", source)
 
 
 def _task_options(arguments: argparse.Namespace, task: str) -> dict[str, Any]:
@@ -422,7 +551,7 @@ def _task_options(arguments: argparse.Namespace, task: str) -> dict[str, Any]:
     return options
 
 
-def _from_target(arguments: argparse.Namespace) -> tuple[SymmetricOperator, str, dict[str, Any]]:
+def _from_target(arguments: argparse.Namespace) -> _Asked:
     target, params = arguments.target, arguments.params
     made = _call_target(target)
     source = {"target": target}
@@ -434,11 +563,14 @@ def _from_target(arguments: argparse.Namespace) -> tuple[SymmetricOperator, str,
             )
             raise TargetError(msg)
         if params is None:
-            return made, target, source
+            return _Asked(made, target, source)
         if not isinstance(made, HessianOperator):
             msg = f"{target} returned a {type(made).__name__}, which has no parameters to select"
             raise TargetError(msg)
-        return made.block(params), target, source
+        return _Asked(made.block(params), target, source)
+    optimizer = None
+    if isinstance(made, tuple | list) and len(made) == 4 and isinstance(made[3], Optimizer):
+        *made, optimizer = made
     if not (isinstance(made, tuple | list) and len(made) == 3):
         what = f"a {type(made).__name__}"
         if made is None:
@@ -448,7 +580,8 @@ def _from_target(arguments: argparse.Namespace) -> tuple[SymmetricOperator, str,
         msg = f"{target} returned {what}, expected a HessianOperator or (model, loss, data)"
         raise TargetError(msg)
     model, loss, data = made
-    return HessianOperator(model, loss, data, params, **_means(arguments)), target, source
+    operator = HessianOperator(model, loss, data, params, **_means(arguments))
+    return _Asked(operator, target, source, optimizer)
 
 
 def _means(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -624,6 +757,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_check_options(preflight)
     preflight.set_defaults(prepare=_check)
 
+    tracked = add(
+        "track",
+        help="the curvature over a training, at the weights that it saved",
+        description=_TRACK,
+    )
+    _add_track_options(tracked)
+    tracked.set_defaults(prepare=_track)
+
     report = add("report", help="make the figures and report.html of a saved run again")
     report.add_argument("directory", type=Path, metavar="DIR", help="what --out was")
     report.set_defaults(prepare=_report)
@@ -654,6 +795,55 @@ def _add_analyze_options(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print run.json, and nothing else, on stdout")
     _add_questions(parser.add_argument_group("what is computed"))
     _add_means(parser.add_argument_group("how"))
+    _add_model(parser.add_argument_group("a model of Hugging Face's instead of TARGET"))
+
+
+def _add_track_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "places",
+        nargs="+",
+        metavar="TARGET CHECKPOINT",
+        help="file.py:function or package.module:function, then the saved weights",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="directory for the results")
+    add("--overwrite", action="store_true", help="replace a trajectory that is in DIR already")
+    add("--resume", action="store_true", help="go on with the trajectory in DIR, if there is one")
+    add("--json", action="store_true", help="print the rows, and nothing else, on stdout")
+    defaults = inspect.signature(track).parameters
+    group = parser.add_argument_group("what is computed")
+    add = group.add_argument
+    add("--top", type=_positive, metavar="K", default=1, help="number of eigenvalues (default: 1)")
+    add(
+        "--which",
+        choices=("LM", "LA", "SA", "BE"),
+        default=defaults["which"].default,
+        help="largest in magnitude, largest, smallest, both ends (default: %(default)s)",
+    )
+    add("--trace", action="store_true", help="the trace, to 10 %%, in at most 100 products")
+    add(
+        "--preconditioned",
+        action="store_true",
+        help="the sharpness in the metric of the optimiser that TARGET returns",
+    )
+    add(
+        "--lr",
+        type=_tolerance,
+        metavar="RATE",
+        help="of plain gradient descent: draws the threshold 2 / RATE; by default the threshold "
+        "is that of the optimiser's saved options",
+    )
+    for name, kind, text in (
+        ("tol", _tolerance, "residual of an eigenpair, relative to its eigenvalue"),
+        ("seed", _natural, "of all random vectors"),
+    ):
+        add(
+            f"--{name}",
+            type=kind,
+            default=defaults[name].default,
+            help=f"{text} (default: %(default)s)",
+        )
+    _add_operator(parser.add_argument_group("how"))
     _add_model(parser.add_argument_group("a model of Hugging Face's instead of TARGET"))
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "clock",
     "condensed",
     "current",
+    "differences",
     "ended",
     "remember",
     "seal",
@@ -559,14 +560,14 @@ def _check_identity(path: Path, old: dict[str, Any], new: dict[str, Any]) -> Non
             f"{new['question']}; name another path"
         )
         raise CheckpointError(msg)
-    differences = list(_differences(old["identity"], new["identity"]))
+    found = list(differences(old["identity"], new["identity"]))
     for name in ("spectra", "torch", "numpy", "scipy"):
         before, now = old["versions"].get(name), new["versions"][name]
         if before != now:
-            differences.append(f"the version of {name} ({before} before, {now} now)")
-    if differences:
-        shown = "; ".join(differences[:5])
-        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+            found.append(f"the version of {name} ({before} before, {now} now)")
+    if found:
+        shown = "; ".join(found[:5])
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         msg = (
             f"the checkpoint {str(path)!r} is of another run. What differs: {shown}{more}. Put it "
             "back as it was, or delete the file, or name another path, to begin anew"
@@ -574,7 +575,8 @@ def _check_identity(path: Path, old: dict[str, Any], new: dict[str, Any]) -> Non
         raise CheckpointError(msg)
 
 
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """Where two identities are not the same, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             place = f"{where} {key}".strip()
@@ -583,12 +585,12 @@ def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
             elif key not in new:
                 yield f"{place} (gone)"
             else:
-                yield from _differences(old[key], new[key], place)
+                yield from differences(old[key], new[key], place)
     elif isinstance(old, list) and isinstance(new, list) and len(old) != len(new):
         yield f"{where} ({len(old)} before, {len(new)} now)"
     elif isinstance(old, list) and isinstance(new, list):
         for i, (before, now) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(before, now, f"{where} {i}")
+            yield from differences(before, now, f"{where} {i}")
     elif old != new:
         short = all(len(str(value)) <= 40 for value in (old, new))
         digests = "digest" in where or where.split(" ", maxsplit=1)[0] in {"weights", "data"}

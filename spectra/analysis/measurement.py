@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,15 +15,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from spectra.algorithms.eigen import Eigenpairs, Which, check_eigsh_arguments, eigsh
+from spectra.algorithms.resuming import resumable
 from spectra.algorithms.trace import trace
 from spectra.analysis.trajectory import Measurement
 from spectra.errors import ArgumentError, ArgumentTypeError
+from spectra.journal import Stopped
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.operators.hessian import HessianOperator
 from spectra.operators.optimizers import stability_threshold
 from spectra.operators.transforms import preconditioned
-from spectra.results import versions
+from spectra.results import Result, versions
 
 __all__ = ["Record", "check_record", "measure"]
 
@@ -32,6 +35,7 @@ Record = Literal["gradient", "rotation", "trace", "preconditioned"]
 _TRACE_RTOL, _TRACE_MATVECS = 0.1, 100
 
 
+@resumable
 def measure(
     H: Any,
     step: int,
@@ -47,6 +51,7 @@ def measure(
     certify: bool = True,
     label: str = "",
     seed: int = 0,
+    checkpoint: str | Path | None = None,
 ) -> Measurement:
     """Measure the curvature once, as one row of a `Trajectory`.
 
@@ -76,6 +81,8 @@ def measure(
         Search for missed eigenvalues, see `eigsh`. Takes 5 to 12 products.
     seed
         Of the random directions.
+    checkpoint
+        See «Resuming» in docs/reliability.md.
 
     Raises
     ------
@@ -84,8 +91,45 @@ def measure(
     NonFiniteError, LossError
         As the products raise them.
     """
+    try:
+        return _measured(
+            as_operator(H),
+            step,
+            k=k,
+            which=which,
+            tol=tol,
+            record=record,
+            optimizer=optimizer,
+            batch=batch,
+            previous=previous,
+            warm=warm,
+            certify=certify,
+            label=label,
+            seed=seed,
+        )
+    except Stopped as error:
+        # Half a measurement is none: what eigenpairs there were are not one.
+        error.partial = None
+        raise
+
+
+def _measured(
+    operator: SymmetricOperator,
+    step: int,
+    *,
+    k: int,
+    which: Which,
+    tol: float,
+    record: Collection[Record],
+    optimizer: Optimizer | None,
+    batch: SymmetricOperator | None,
+    previous: Measurement | None,
+    warm: bool,
+    certify: bool,
+    label: str,
+    seed: int,
+) -> Measurement:
     started = time.perf_counter()
-    operator = as_operator(H)
     check_eigsh_arguments(operator.space.n, k, which, None, tol)
     check_record(record, optimizer)
     spent: dict[str, int] = {}
@@ -105,6 +149,7 @@ def measure(
             seed=seed,
             progress=False,
         )
+    _go_on(pairs)
     notes += pairs.notes
     top, angle = _top(pairs)
     if "gradient" in record:
@@ -121,6 +166,7 @@ def measure(
                 seed=seed,
                 progress=False,
             )
+        _go_on(estimate)
         found |= {
             "trace": estimate.value,
             "trace_error": estimate.standard_error,
@@ -200,6 +246,12 @@ def _start(
     return torch.cat([vectors, random.to(vectors)], dim=1)
 
 
+def _go_on(result: Result) -> None:
+    """Where the run was asked to stop, it ends here."""
+    if result.partial:
+        raise Stopped
+
+
 @contextmanager
 def _counted(operator: SymmetricOperator, spent: dict[str, int], name: str) -> Iterator[None]:
     before = operator.matvecs
@@ -210,8 +262,10 @@ def _counted(operator: SymmetricOperator, spent: dict[str, int], name: str) -> I
 def _top(pairs: Eigenpairs) -> tuple[Tensor, float]:
     """The eigenvectors of the upper end (of both, for "LM"), and the sine of their angle."""
     count = {"SA": 0, "BE": len(pairs) - len(pairs) // 2}.get(pairs.which, len(pairs))
-    # A copy: of a search's basis nothing else shall stay.
-    vectors = torch.as_tensor(pairs.vectors)[:, :count].clone()
+    # A copy: of a search's basis nothing else shall stay. Laid out as one that was saved and loaded
+    # is, or sums over it would be rounded in another order.
+    found = torch.as_tensor(pairs.vectors)[:, :count]
+    vectors = found.clone(memory_format=torch.contiguous_format)
     if not count or count == len(vectors):
         return vectors, 0.0 if count else math.nan
     inner, bounds = float(pairs.values[count - 1]), [pairs.no_eigenvalue_above]
@@ -284,6 +338,7 @@ def _sharpness(
     """The largest eigenvalue of another operator, under its name."""
     with _counted(operator, spent, name):
         pairs = eigsh(operator, 1, which="LA", progress=False, **options)
+    _go_on(pairs)
     notes += [f"{name}: {note}" for note in pairs.notes if note not in notes]
     return {
         f"{name}_sharpness": float(pairs.values[0]),

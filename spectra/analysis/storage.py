@@ -28,7 +28,7 @@ from spectra.errors import StorageError
 from spectra.files import replace_file
 from spectra.results import load, load_staged, stage_result
 
-__all__ = ["check_directory", "read_run", "read_summary", "summarize", "write_run"]
+__all__ = ["check_directory", "finite", "read_run", "read_summary", "summarize", "write_run"]
 
 FORMAT_VERSION = 2
 _SUMMARY, _RESULT = "run.json", "analysis"
@@ -241,8 +241,8 @@ def summarize(
         "seed": provenance.get("seed"),
         "versions": provenance.get("versions"),
     }
-    finite: dict[str, Any] = _finite(summary)
-    return finite
+    plain: dict[str, Any] = finite(summary)
+    return plain
 
 
 def _eigenpairs(pairs: Eigenpairs) -> dict[str, Any]:
@@ -326,12 +326,12 @@ def _density(density: SpectralDensity | None) -> dict[str, Any] | None:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with null for nan and inf, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -21,6 +21,7 @@ from spectra.algorithms.blocks import BlockTraces
 from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate
 from spectra.analysis.analyze import Analysis
+from spectra.analysis.trajectory import Trajectory
 from spectra.errors import ArgumentError, ArgumentTypeError, StorageError
 from spectra.files import replace_file
 from spectra.names import printable, short_name
@@ -91,14 +92,17 @@ class _Scalar(NamedTuple):
 
 
 def save_figures(
-    analysis: Analysis, directory: str | Path, *, formats: Sequence[str] = ("svg", "png")
+    result: Analysis | Trajectory,
+    directory: str | Path,
+    *,
+    formats: Sequence[str] = ("svg", "png"),
 ) -> dict[str, Path]:
-    """Write the figures of an analysis as files.
+    """Write the figures of an analysis, or of a trajectory, as files.
 
     Parameters
     ----------
-    analysis
-        From `spectra.analyze`.
+    result
+        From `spectra.analyze` or `spectra.track`.
     directory
         Where to write; made if needed. Existing figures of the same names are replaced.
     formats
@@ -109,19 +113,21 @@ def save_figures(
     dict
         Path in the first of the formats by name: "eigenvalues"; "density" and "density_symlog"
         where the density was computed; "trace" where it was estimated from probes;
-        "trace_by_layer" where the model has several modules. Drawn with matplotlib's default style,
+        "trace_by_layer" where the model has several modules. Of a trajectory "trajectory", if it
+        has a sharpness. Drawn with matplotlib's default style,
         whatever the session's own is.
 
     Raises
     ------
     ArgumentTypeError
-        Not an Analysis.
+        Neither of them.
     ArgumentError
         No format, or one that matplotlib cannot write.
     StorageError
         The files cannot be written.
     """
-    _check_analysis(analysis)
+    if not isinstance(result, Trajectory):
+        _check_analysis(result)
     known = Figure().canvas.get_supported_filetypes()
     if isinstance(formats, str) or not formats or not set(formats) <= set(known):
         msg = f"formats={formats!r}; expected a sequence of {', '.join(sorted(known))}"
@@ -130,7 +136,7 @@ def save_figures(
     paths = {}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, figure in _drawn(analysis):
+        for name, figure in _drawn(result):
             for kind in formats:
                 replace_file(directory / f"{name}.{kind}", _rendered(figure, kind))
             paths[name] = directory / f"{name}.{formats[0]}"
@@ -225,16 +231,9 @@ def _check_analysis(analysis: Any) -> None:
 # --- figures -------------------------------------------------------------------------------------
 
 
-def _drawn(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
+def _drawn(result: Analysis | Trajectory) -> Iterator[tuple[str, Figure]]:
     """Each figure with its name, in the order of the page."""
-    draw: dict[str, Callable[[Axes], Axes]] = {"eigenvalues": analysis.eigenpairs.plot}
-    if (density := analysis.density) is not None:
-        draw["density"] = density.plot
-        draw["density_symlog"] = lambda ax: density.plot(ax, scale="symlog")
-    if analysis.trace is not None and len(analysis.trace.samples) > 1:
-        draw["trace"] = analysis.trace.plot
-    if analysis.blocks is not None:
-        draw["trace_by_layer"] = analysis.blocks.plot
+    draw = _of_trajectory(result) if isinstance(result, Trajectory) else _of_analysis(result)
     for name, function in draw.items():
         with matplotlib.style.context(["default", _STYLE]):
             figure = Figure(figsize=plots.FIGURE_SIZE, layout="constrained")
@@ -243,6 +242,23 @@ def _drawn(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
         yield name, figure
+
+
+def _of_trajectory(trajectory: Trajectory) -> dict[str, Callable[[Axes], Axes]]:
+    known = any(not math.isnan(m.sharpness) for m in trajectory)
+    return {"trajectory": trajectory.plot} if known else {}
+
+
+def _of_analysis(analysis: Analysis) -> dict[str, Callable[[Axes], Axes]]:
+    draw: dict[str, Callable[[Axes], Axes]] = {"eigenvalues": analysis.eigenpairs.plot}
+    if (density := analysis.density) is not None:
+        draw["density"] = density.plot
+        draw["density_symlog"] = lambda ax: density.plot(ax, scale="symlog")
+    if analysis.trace is not None and len(analysis.trace.samples) > 1:
+        draw["trace"] = analysis.trace.plot
+    if analysis.blocks is not None:
+        draw["trace_by_layer"] = analysis.blocks.plot
+    return draw
 
 
 def _rendered(figure: Figure, kind: str) -> bytes:
