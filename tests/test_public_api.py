@@ -117,7 +117,10 @@ def test_the_operator_comes_first_and_options_have_names(function):
     parameters = list(inspect.signature(function).parameters.values())
     assert parameters[0].name == "H"
     positional = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-    assert positional in (["H"], *(["H", name] for name in ("k", "ord", "f", "shift", "c", "weights")))
+    assert positional in (
+        ["H"],
+        *(["H", name] for name in ("k", "ord", "f", "shift", "c", "weights")),
+    )
     assert inspect.signature(function).parameters["seed"].default == 0
     assert inspect.signature(function).parameters["progress"].default is None
 
