@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -166,6 +167,9 @@ def landscape(
     ArgumentError, ArgumentTypeError
         No Hessian of a loss; directions of another shape, or of length zero; an even number of
         points.
+
+    Whatever exception ends the evaluation of the points, Ctrl-C included, has an attribute
+    `partial`: the Landscape as it stood, nan where no point was evaluated yet.
     """
     operator = as_operator(H)
     if not isinstance(operator, HessianOperator):
@@ -210,28 +214,37 @@ def landscape(
                     failures.append(failure)
                 bar.update()
 
-    unless_stopped(evaluate)
-    return Landscape(
-        displacements=steps,
-        values=values,
-        value=value,
-        slopes=slopes,
-        curvatures=curvatures,
-        plane=plane,
-        weights_norm=size(operator),
-        failures=tuple(failures),
-        labels=labels,
-        evaluations=int(np.isfinite(values).sum()),
-        matvecs=operator.matvecs - begun,
-        notes=tuple(notes),
-        provenance={
-            "operator": operator.describe(),
-            "span": span,
-            "points": points,
-            "seed": seed,
-            "versions": versions(),
-        },
-    )
+    def result(*more: str) -> Landscape:
+        return Landscape(
+            displacements=steps,
+            values=values,
+            value=value,
+            slopes=slopes,
+            curvatures=curvatures,
+            plane=plane,
+            weights_norm=size(operator),
+            failures=tuple(failures),
+            labels=labels,
+            evaluations=int(np.isfinite(values).sum()),
+            matvecs=operator.matvecs - begun,
+            notes=(*notes, *more),
+            provenance={
+                "operator": operator.describe(),
+                "span": span,
+                "points": points,
+                "seed": seed,
+                "versions": versions(),
+            },
+        )
+
+    try:
+        unless_stopped(evaluate)
+    except BaseException as error:
+        with contextlib.suppress(AttributeError):
+            note = "interrupted: points that were not evaluated are nan"
+            error.partial = result(note)  # type: ignore[attr-defined]
+        raise
+    return result()
 
 
 def _loss_at(operator: HessianOperator, displacement: Tensor) -> tuple[float, str]:
