@@ -263,8 +263,7 @@ def _rows(
     values = None
     if isinstance(directions, Eigenpairs):
         values, directions = directions.values, directions.vectors
-    if not isinstance(directions, Tensor):
-        directions = torch.from_numpy(np.array(directions, dtype=operator.dtype))
+    directions = _real_numbers(directions)
     columns = directions.unsqueeze(1) if directions.dim() == 1 else directions
     if columns.dim() != 2 or columns.shape[0] != n or columns.shape[1] < 1 + plane:
         msg = (
@@ -285,6 +284,21 @@ def _rows(
     if values is None:
         return rows, tuple(f"direction {i}" for i in range(len(rows)))
     return rows, tuple(f"eigenvector of {value:.4g}" for value in values[: len(rows)])
+
+
+def _real_numbers(directions: Any) -> Tensor:
+    """What is converted silently, or by an error of another library, is refused."""
+    if isinstance(directions, Tensor):
+        kind = f"{directions.dtype} on {directions.device}"
+        if not (directions.is_complex() or directions.is_meta):
+            return directions
+    else:
+        array = np.asarray(directions)
+        kind = f"{type(directions).__name__} of {array.dtype}"
+        if array.dtype.kind in "fiu":
+            return torch.from_numpy(array.astype(np.float64))
+    msg = f"directions is a {kind}; expected Eigenpairs, or a tensor or array of real numbers"
+    raise ArgumentTypeError(msg)
 
 
 def _normalise(operator: HessianOperator, row: Tensor, otherwise: str) -> None:
@@ -311,7 +325,10 @@ def _check(points: Any, span: Any, k: Any) -> None:
         msg = f"points={points} is even; with an odd number the middle one is θ itself"
         raise ArgumentError(msg)
     if span is not None and not (
-        isinstance(span, int | float) and math.isfinite(span) and span > 0
+        isinstance(span, int | float)
+        and not isinstance(span, bool)
+        and math.isfinite(span)
+        and span > 0
     ):
         msg = f"span={span!r}; expected the largest displacement, a positive number"
         raise ArgumentError(msg)
