@@ -211,7 +211,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes[2].semilogy(np.arange(count) / (count - 1), scales, "o-", markersize=3, label=label)
     figure.colorbar(image, ax=axes[:2], label="Jensen-Shannon distance")
     axes[2].set(xlabel="depth of the block", title="Root mean square of the eigenvalues")
-    axes[2].legend()
+    # Room for the legend.
+    axes[2].set_ylim(bottom=min(min(r["scales"]) for r in chosen) / 30)
+    axes[2].legend(loc="lower left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
