@@ -62,6 +62,8 @@ FUNCTIONS = [
     spectra.effective_dimension,
     spectra.participation_ratio,
     spectra.effective_rank,
+    spectra.block_spectra,
+    spectra.block_coupling,
     spectra.track,
 ]
 
@@ -117,10 +119,8 @@ def test_the_operator_comes_first_and_options_have_names(function):
     parameters = list(inspect.signature(function).parameters.values())
     assert parameters[0].name == "H"
     positional = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-    assert positional in (
-        ["H"],
-        *(["H", name] for name in ("k", "ord", "f", "shift", "c", "weights")),
-    )
+    known = ("k", "ord", "f", "shift", "c", "by", "weights")
+    assert positional in (["H"], *(["H", name] for name in known))
     assert inspect.signature(function).parameters["seed"].default == 0
     assert inspect.signature(function).parameters["progress"].default is None
 

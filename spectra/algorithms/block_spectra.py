@@ -10,6 +10,7 @@ from spectra.algorithms.blocks import aligned
 from spectra.algorithms.eigen import Eigenpairs, check_eigsh_arguments, eigsh
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.algorithms.norms import norm
+from spectra.algorithms.progress import progress_bar
 from spectra.algorithms.trace import trace
 from spectra.errors import ArgumentTypeError
 from spectra.names import short_name
@@ -94,6 +95,7 @@ def block_spectra(
     rtol: float = 0.05,
     confidence: float = 0.95,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> BlockSpectra:
     """Eigenvalues of both ends, trace and Frobenius norm of every principal block.
 
@@ -116,6 +118,8 @@ def block_spectra(
         Of the intervals.
     seed
         Of the random vectors.
+    progress
+        Show a progress bar, which counts passes over the data; None for on a terminal only.
 
     Returns
     -------
@@ -150,7 +154,8 @@ def block_spectra(
         total = trace(block, deflate=known, **options)
         return pairs, total, norm(block, "fro", deflate=known, **options)
 
-    found = blocks.each(everything)
+    with progress_bar("block spectra", None, progress, unit="pass") as bar:
+        found = blocks.each(everything, after_pass=bar.update)
     return BlockSpectra(
         names=blocks.names,
         sizes=tuple(blocks.size(name) for name in blocks),

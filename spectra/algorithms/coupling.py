@@ -13,6 +13,7 @@ from scipy import stats
 from spectra.algorithms import probes as random_probes
 from spectra.algorithms.blocks import aligned
 from spectra.algorithms.estimate import check_confidence
+from spectra.algorithms.progress import progress_bar
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.names import short_name
 from spectra.objective.parameters import By, Selection
@@ -147,6 +148,7 @@ def block_coupling(
     probes: int = 8,
     confidence: float = 0.95,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> BlockCoupling:
     """The Frobenius norms of all blocks of a Hessian, those off the diagonal above all.
 
@@ -164,6 +166,8 @@ def block_coupling(
         Of the intervals.
     seed
         Of the random vectors.
+    progress
+        Show a progress bar; None for on a terminal only.
 
     Returns
     -------
@@ -202,15 +206,19 @@ def block_coupling(
         raise ArgumentError(msg)
     generator, begun = random_probes.seeded(seed), H.matvecs
     samples = np.empty((probes, len(blocks), len(blocks)))
-    for sample in samples:
-        z = random_probes.gaussian(H.space, generator)
-        for start in range(0, len(blocks), _TOGETHER):
-            some = blocks.names[start : start + _TOGETHER]
-            columns = [blocks.extended(blocks.restricted(z, name), name) for name in some]
-            for b, product in enumerate(H.apply(torch.stack(columns, dim=1)).T, start):
-                for a, other in enumerate(blocks):
-                    part = blocks.restricted(product, other)
-                    sample[a, b] = float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
+    with progress_bar("coupling", probes * len(blocks), progress) as bar:
+        for sample in samples:
+            z = random_probes.gaussian(H.space, generator)
+            for start in range(0, len(blocks), _TOGETHER):
+                some = blocks.names[start : start + _TOGETHER]
+                columns = [blocks.extended(blocks.restricted(z, name), name) for name in some]
+                products = H.apply(torch.stack(columns, dim=1)).T
+                bar.update(len(products))
+                for b, product in enumerate(products, start):
+                    for a, other in enumerate(blocks):
+                        part = blocks.restricted(product, other)
+                        size = float(torch.linalg.vector_norm(part, dtype=torch.float64))
+                        sample[a, b] = size**2
     # Both orders estimate the same number.
     samples = (samples + samples.transpose(0, 2, 1)) / 2
     return BlockCoupling(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -166,6 +167,9 @@ def landscape(
     ArgumentError, ArgumentTypeError
         No Hessian of a loss; directions of another shape, or of length zero; an even number of
         points.
+
+    Whatever exception ends the evaluation of the points, Ctrl-C included, has an attribute
+    `partial`: the Landscape as it stood, nan where no point was evaluated yet.
     """
     operator = as_operator(H)
     if not isinstance(operator, HessianOperator):
@@ -210,28 +214,37 @@ def landscape(
                     failures.append(failure)
                 bar.update()
 
-    unless_stopped(evaluate)
-    return Landscape(
-        displacements=steps,
-        values=values,
-        value=value,
-        slopes=slopes,
-        curvatures=curvatures,
-        plane=plane,
-        weights_norm=size(operator),
-        failures=tuple(failures),
-        labels=labels,
-        evaluations=int(np.isfinite(values).sum()),
-        matvecs=operator.matvecs - begun,
-        notes=tuple(notes),
-        provenance={
-            "operator": operator.describe(),
-            "span": span,
-            "points": points,
-            "seed": seed,
-            "versions": versions(),
-        },
-    )
+    def result(*more: str) -> Landscape:
+        return Landscape(
+            displacements=steps,
+            values=values,
+            value=value,
+            slopes=slopes,
+            curvatures=curvatures,
+            plane=plane,
+            weights_norm=size(operator),
+            failures=tuple(failures),
+            labels=labels,
+            evaluations=int(np.isfinite(values).sum()),
+            matvecs=operator.matvecs - begun,
+            notes=(*notes, *more),
+            provenance={
+                "operator": operator.describe(),
+                "span": span,
+                "points": points,
+                "seed": seed,
+                "versions": versions(),
+            },
+        )
+
+    try:
+        unless_stopped(evaluate)
+    except BaseException as error:
+        with contextlib.suppress(AttributeError):
+            note = "interrupted: points that were not evaluated are nan"
+            error.partial = result(note)  # type: ignore[attr-defined]
+        raise
+    return result()
 
 
 def _loss_at(operator: HessianOperator, displacement: Tensor) -> tuple[float, str]:
@@ -250,8 +263,7 @@ def _rows(
     values = None
     if isinstance(directions, Eigenpairs):
         values, directions = directions.values, directions.vectors
-    if not isinstance(directions, Tensor):
-        directions = torch.from_numpy(np.array(directions, dtype=operator.dtype))
+    directions = _real_numbers(directions)
     columns = directions.unsqueeze(1) if directions.dim() == 1 else directions
     if columns.dim() != 2 or columns.shape[0] != n or columns.shape[1] < 1 + plane:
         msg = (
@@ -272,6 +284,21 @@ def _rows(
     if values is None:
         return rows, tuple(f"direction {i}" for i in range(len(rows)))
     return rows, tuple(f"eigenvector of {value:.4g}" for value in values[: len(rows)])
+
+
+def _real_numbers(directions: Any) -> Tensor:
+    """What is converted silently, or by an error of another library, is refused."""
+    if isinstance(directions, Tensor):
+        kind = f"{directions.dtype} on {directions.device}"
+        if not (directions.is_complex() or directions.is_meta):
+            return directions
+    else:
+        array = np.asarray(directions)
+        kind = f"{type(directions).__name__} of {array.dtype}"
+        if array.dtype.kind in "fiu":
+            return torch.from_numpy(array.astype(np.float64))
+    msg = f"directions is a {kind}; expected Eigenpairs, or a tensor or array of real numbers"
+    raise ArgumentTypeError(msg)
 
 
 def _normalise(operator: HessianOperator, row: Tensor, otherwise: str) -> None:
@@ -298,7 +325,10 @@ def _check(points: Any, span: Any, k: Any) -> None:
         msg = f"points={points} is even; with an odd number the middle one is θ itself"
         raise ArgumentError(msg)
     if span is not None and not (
-        isinstance(span, int | float) and math.isfinite(span) and span > 0
+        isinstance(span, int | float)
+        and not isinstance(span, bool)
+        and math.isfinite(span)
+        and span > 0
     ):
         msg = f"span={span!r}; expected the largest displacement, a positive number"
         raise ArgumentError(msg)

@@ -224,10 +224,13 @@ def check_record(record: Collection[str], optimizer: Optimizer | None) -> None:
     ArgumentError
     """
     known = get_args(Record)
-    names = [record] if isinstance(record, str) else list(record)
-    if isinstance(record, str) or not set(names) <= set(known):
-        odd = next((name for name in names if name not in known), record)
-        msg = f"record has {odd!r}; expected a list with any of {', '.join(map(repr, known))}"
+    expected = f"expected a list with any of {', '.join(map(repr, known))}"
+    if isinstance(record, str):
+        msg = f"record={record!r} is a string; {expected}"
+        raise ArgumentError(msg)
+    names = list(record)
+    if odd := [name for name in names if name not in known]:
+        msg = f"record has {odd[0]!r}; {expected}"
         raise ArgumentError(msg)
     if "preconditioned" in names and optimizer is None:
         msg = "the preconditioned sharpness is that of an optimiser; pass optimizer="

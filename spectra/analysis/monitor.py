@@ -6,9 +6,12 @@ import contextlib
 import importlib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
+from operator import index
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -151,6 +154,13 @@ class CurvatureMonitor:
         self._optimizer = optimizer
         self._due = _schedule(every, steps)
         check_record(record, optimizer)
+        # Operators can be called, too: that is a product.
+        if isinstance(operator, LinearOperator) or not callable(operator):
+            msg = (
+                f"operator is a {type(operator).__name__}; expected what makes one, such as "
+                "GaussNewtonOperator"
+            )
+            raise ArgumentTypeError(msg)
         self._options: dict[str, Any] = {
             "k": k,
             "which": which,
@@ -289,14 +299,18 @@ def _schedule(every: int | None, steps: Schedule | None) -> Callable[[int], bool
     if isinstance(steps, str) or not isinstance(steps, Iterable):
         msg = f"steps is a {type(steps).__name__}; expected steps, or a function of a step"
         raise ArgumentTypeError(msg)
-    return frozenset(int(step) for step in steps).__contains__
+    try:
+        return frozenset(map(index, steps)).__contains__
+    except TypeError as error:
+        msg = f"steps holds something else than whole numbers: {error}"
+        raise ArgumentTypeError(msg) from error
 
 
 def _begun(trajectory: Any, notes: tuple[str, ...]) -> Trajectory:
     """The trajectory to continue, with what is to be said of all of it."""
     if trajectory is None:
         return Trajectory(notes=notes)
-    begun = trajectory if isinstance(trajectory, Trajectory) else load(trajectory)
+    begun = load(trajectory) if isinstance(trajectory, str | Path) else trajectory
     if not isinstance(begun, Trajectory):
         msg = f"expected a Trajectory to continue, got a {type(begun).__name__}"
         raise ArgumentTypeError(msg)

@@ -81,7 +81,13 @@ class BlockDiagonalOperator(SymmetricOperator):
         names = {self.space.names[i] for i in self._places[block]}
         return self._hessian.block(lambda name, _: name in names)
 
-    def each(self, question: Callable[..., T], **options: Any) -> dict[str, T]:
+    def each(
+        self,
+        question: Callable[..., T],
+        *,
+        after_pass: Callable[[], object] | None = None,
+        **options: Any,
+    ) -> dict[str, T]:
         """The same question of every block, in as few passes over the data as the longest takes.
 
         Parameters
@@ -89,6 +95,8 @@ class BlockDiagonalOperator(SymmetricOperator):
         question
             Any function of an operator: `spectra.eigsh`, `trace`, `norm`, `spectral_density`, or
             one of your own that asks several of them.
+        after_pass
+            Called after each pass over the data, in the calling thread.
         **options
             Of the question. `k` is no more than the size of a block. A progress bar is not shown.
 
@@ -123,7 +131,10 @@ class BlockDiagonalOperator(SymmetricOperator):
 
         def compute(questions: dict[int, Tensor]) -> dict[int, Tensor]:
             asked = {self.names[number]: rows for number, rows in questions.items()}
-            return dict(zip(questions, self._block_products(asked), strict=True))
+            products = self._block_products(asked)
+            if after_pass is not None:
+                after_pass()
+            return dict(zip(questions, products, strict=True))
 
         def explain(number: int, error: BaseException) -> None:
             if error.args and isinstance(error.args[0], str):

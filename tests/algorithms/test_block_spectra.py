@@ -1,10 +1,12 @@
 import dataclasses
+import importlib
 
 import numpy as np
 import pytest
 import torch
 
 import spectra
+from spectra.algorithms.progress import progress_bar
 from spectra.errors import ArgumentError, ArgumentTypeError
 from tests.operators.test_block_diagonal import (
     NETWORKS,
@@ -14,6 +16,9 @@ from tests.operators.test_block_diagonal import (
     perceptron,
     transformer,
 )
+
+# The name in spectra is the function.
+module = importlib.import_module("spectra.algorithms.block_spectra")
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -42,6 +47,26 @@ def test_every_number_is_that_of_the_dense_block(network, by):
 def test_blocks_share_their_passes():
     found = spectra.block_spectra(transformer(), "module", rtol=0.2)
     assert found.passes < found.matvecs / 4
+
+
+def test_a_bar_that_is_asked_for_counts_passes(capsys, monkeypatch):
+    counts = []
+
+    def counting(*args, **options):
+        bar = progress_bar(*args, **options)
+        update = bar.update
+        bar.update = lambda n=1: (counts.append(n), update(n))[1]
+        return bar
+
+    monkeypatch.setattr(module, "progress_bar", counting)
+    found = spectra.block_spectra(perceptron(), rtol=0.5, progress=True)
+    assert sum(counts) == found.passes
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "block spectra" in captured.err
+    assert "pass" in captured.err
+    spectra.block_spectra(perceptron(), rtol=0.5)
+    assert capsys.readouterr().err == ""
 
 
 def test_it_is_saved_and_printed_within_80_columns(tmp_path):

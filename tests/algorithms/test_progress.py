@@ -5,10 +5,18 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import spectra
+from spectra import HessianOperator
 from spectra.algorithms.progress import progress_bar
 from tests.cases.matrices import s1
+
+
+def of_two_blocks():
+    points = [torch.ones(3).double(), torch.ones(2).double()]
+    return HessianOperator.from_function(lambda x, y: (x**2).sum() * (y**3).sum(), points)
+
 
 CALLS = {
     "eigsh": lambda **options: spectra.eigsh(np.diag(s1(60)), 3, **options),
@@ -16,6 +24,7 @@ CALLS = {
     "power iteration": lambda **options: spectra.norm(np.diag(s1(60)), **options),
     "square": lambda **options: spectra.norm(np.diag(s1(60)), "fro", **options),
     "density": lambda **options: spectra.spectral_density(np.diag(s1(60)), steps=5, **options),
+    "coupling": lambda **options: spectra.block_coupling(of_two_blocks(), "parameter", **options),
 }
 
 
@@ -60,7 +69,7 @@ def test_the_bar_counts_every_product(monkeypatch):
         bar.update = lambda n=1: (counts.append(n), update(n))[1]
         return bar
 
-    for module in ("eigen", "probes", "spectral_norm", "trace", "density"):
+    for module in ("eigen", "probes", "spectral_norm", "trace", "density", "coupling"):
         monkeypatch.setattr(f"spectra.algorithms.{module}.progress_bar", counting)
     for call in CALLS.values():
         counts.clear()

@@ -132,6 +132,42 @@ def test_a_checkpoint_holds_every_point(tmp_path, monkeypatch):
     assert len(calls) == 6 + 9 - 5
 
 
+@pytest.mark.parametrize("plane", [False, True])
+def test_what_was_evaluated_before_ctrl_c_is_kept(plane):
+    model, data = network()
+    left = math.inf
+
+    def loss(model, batch):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return LOSS(model, batch)
+
+    H = HessianOperator(model, loss, data, weight=lambda batch: len(batch[1]))
+    pairs = spectra.eigsh(H, k=2)
+    before = copy.deepcopy(model.state_dict())
+    H.release()
+    left = calls = 10_000
+    expected = spectra.landscape(H, pairs, points=5, plane=plane)
+    points = expected.values.size
+    H.release()
+    # Amid the last batch of the eighth point.
+    calls -= left
+    left = calls - (points - 8) * len(data) - 1
+    with pytest.raises(KeyboardInterrupt) as caught:
+        spectra.landscape(H, pairs, points=5, plane=plane)
+    found = caught.value.partial
+    assert np.array_equal(found.values.ravel()[:7], expected.values.ravel()[:7])
+    assert np.isnan(found.values.ravel()[7:]).all()
+    assert found.evaluations == 7
+    assert np.array_equal(found.curvatures, expected.curvatures)
+    assert "interrupted: points that were not evaluated are nan" in str(found)
+    pyplot.close(found.plot().figure)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
 def test_what_has_no_loss_is_refused():
     with pytest.raises(ArgumentTypeError, match="has no loss to evaluate beside θ"):
         spectra.landscape(np.eye(3))

@@ -1929,6 +1929,344 @@ def _() -> Asked:
     return Asked(ask, (model,), lambda: truth()[-1:, -1])
 
 
+# --- Gauss-Newton matrices -----------------------------------------------------------------------
+
+LINEARISED = "Gauss–Newton matrices"
+
+
+def linearised(loss: Any, model: nn.Module | None = None) -> Asked:
+    """A product with a Gauss-Newton matrix."""
+    model = model or network()
+
+    def ask() -> Any:
+        made = spectra.GaussNewtonOperator(model, loss, BATCHES)
+        return made @ probe(made)
+
+    return Asked(ask, (model,))
+
+
+class OwnLoss(nn.Module):
+    """Returns the loss instead of predictions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return functional.mse_loss(self.inner(x), y)
+
+
+@refused(LINEARISED, "a model that computes its own loss", errors.LossError, "linear in a scalar")
+def _() -> Asked:
+    return linearised(lambda model, batch: model(*batch), OwnLoss())
+
+
+@refused(
+    LINEARISED,
+    "a loss that calls parts of the model, not the model",
+    errors.LossError,
+    "did not use the outputs of a call of the model",
+)
+def _() -> Asked:
+    return linearised(
+        lambda model, batch: on_the_last_layer(model, (model[:2](batch[0]), batch[1]))
+    )
+
+
+@refused(LINEARISED, "a loss that raises", errors.LossError, "raised ValueError on batch 0")
+def _() -> Asked:
+    def broken(model: Any, batch: Any) -> Tensor:
+        model(batch[0])
+        raise ValueError("no")
+
+    return linearised(broken)
+
+
+@refused(LINEARISED, "a plain function", errors.ArgumentTypeError, "which part of it is the model")
+def _() -> Asked:
+    return Asked(
+        lambda: spectra.GaussNewtonOperator.from_function(lambda x: (x**2).sum(), torch.ones(2))
+    )
+
+
+@answered(LINEARISED, "a linear model: the Hessian itself")
+def _() -> Asked:
+    model = seeded(lambda: nn.Linear(4, 1)).double()
+    made = spectra.GaussNewtonOperator(model, LOSS, BATCHES)
+    return Asked(made.to_dense, (model,), lambda: dense_of(model))
+
+
+@answered(LINEARISED, "a penalty, which is no part of the model, is differentiated as it is")
+def _() -> Asked:
+    model = network()
+    plain = spectra.GaussNewtonOperator(model, LOSS, BATCHES)
+    loss = regularised(LOSS, weight_decay(0.5))
+    made = spectra.GaussNewtonOperator(model, loss, BATCHES)
+    return Asked(made.to_dense, (model,), lambda: plain.to_dense() + 0.5 * torch.eye(19).double())
+
+
+# --- losses along directions ---------------------------------------------------------------------
+
+ALONG = "losses along directions"
+
+
+def along(*args: Any, **options: Any) -> Asked:
+    """The loss of the network along directions."""
+    model = network()
+    hessian = HessianOperator(model, LOSS, BATCHES)
+    return Asked(lambda: spectra.landscape(hessian, *args, **options), (model,))
+
+
+@refused(ALONG, "a matrix", errors.ArgumentTypeError, "a MatrixOperator has no loss to evaluate")
+def _() -> Asked:
+    return Asked(lambda: spectra.landscape(np.eye(3)))
+
+
+@refused(ALONG, "a transformed Hessian", errors.ArgumentTypeError, "a ShiftedOperator has no loss")
+def _() -> Asked:
+    return transformed(lambda H, _: spectra.landscape(spectra.shifted(H, 1.0)))
+
+
+for name, directions, options, kind, words in (
+    ("an even number of points", None, {"points": 4}, errors.ArgumentError, "points=4 is even"),
+    ("one point", None, {"points": 1}, errors.ArgumentError, "points=1; .*at least 3"),
+    ("no direction", None, {"k": 0}, errors.ArgumentError, "k=0; .*at least 1"),
+    ("a negative span", None, {"span": -1.0}, errors.ArgumentError, "span=-1.0; expected the larg"),
+    ("a span of nan", None, {"span": np.nan}, errors.ArgumentError, "span=nan; expected the large"),
+    (
+        "directions of another length",
+        np.ones(4),
+        {},
+        errors.ArgumentError,
+        r"shape \(4,\); expected columns \(19, k\)",
+    ),
+    ("a direction of zeros", np.zeros(19), {}, errors.ArgumentError, "direction 0 is of length ze"),
+    (
+        "a direction with nan",
+        np.full(19, np.nan),
+        {},
+        errors.ArgumentError,
+        "direction 0 is of length zero, or not finite",
+    ),
+    ("words as directions", "top", {}, errors.ArgumentTypeError, "directions is a str of <U3"),
+    (
+        "complex directions",
+        np.ones(19) * 1j,
+        {},
+        errors.ArgumentTypeError,
+        "directions is a ndarray of complex128",
+    ),
+    (
+        "directions on the meta device",
+        torch.ones(19, device="meta"),
+        {},
+        errors.ArgumentTypeError,
+        "float32 on meta",
+    ),
+    (
+        "the plane of one direction",
+        np.ones(19),
+        {"plane": True},
+        errors.ArgumentError,
+        "at least 2",
+    ),
+    (
+        "the plane of one direction twice",
+        np.ones((19, 2)),
+        {"plane": True},
+        errors.ArgumentError,
+        "direction 1 is that of the first",
+    ),
+):
+    refused(ALONG, name, kind, words)(functools.partial(along, directions, **options))
+
+
+@answered(ALONG, "a direction of another length than one")
+def _() -> Asked:
+    hessian = HessianOperator.from_function(lambda x: (x**4).sum(), torch.ones(2).double())
+
+    def ask() -> Tensor:
+        found = spectra.landscape(hessian, torch.tensor([7.0, 0.0]), span=0.5, points=3)
+        return torch.from_numpy(found.values)
+
+    return Asked(ask, (), lambda: torch.tensor([[0.5**4 + 1, 2, 1.5**4 + 1]]).double())
+
+
+@answered(ALONG, "points at which the loss is nan are gaps")
+def _() -> Asked:
+    hessian = HessianOperator.from_function(lambda x: x.log().sum(), torch.ones(1).double())
+
+    def ask() -> Tensor:
+        found = spectra.landscape(hessian, torch.ones(1), span=2.0, points=5)
+        assert any("nan" in failure for failure in found.failures)
+        return torch.from_numpy(found.values).nan_to_num(-9)
+
+    gaps = torch.tensor([[-9.0, -9.0]]).double()
+    known = torch.tensor([[1.0, 2.0, 3.0]]).double().log()
+    return Asked(ask, (), lambda: torch.cat([gaps, known], dim=1))
+
+
+# --- curvature over training ---------------------------------------------------------------------
+
+TRAINING = "curvature over training"
+
+
+def monitored(*steps: Any, **options: Any) -> Asked:
+    """Measurements at steps, by a monitor that is made in the question."""
+    model = options.pop("model", None) or network().train()
+    arguments = {"loss": LOSS, "data": BATCHES, **options}
+
+    def ask() -> Any:
+        monitor = spectra.CurvatureMonitor(model, **arguments)
+        for step in steps or (0,):
+            monitor.step(step)
+        return monitor.trajectory
+
+    return Asked(ask, (model,) if isinstance(model, nn.Module) else ())
+
+
+for name, steps, options, kind, words in (
+    ("no model", (), {"model": "resnet"}, errors.ArgumentTypeError, "torch.nn.Module, got a str"),
+    (
+        "a model in pieces",
+        (),
+        {"model": type("FullyShardedDataParallel", (nn.Module,), {})()},
+        errors.ArgumentError,
+        "keeps its parameters in pieces",
+    ),
+    (
+        "no data and no batch",
+        (),
+        {"data": None},
+        errors.ArgumentError,
+        r"pass the batch, step\(i, b",
+    ),
+    (
+        "a loss that is wrong from the first measurement on",
+        (),
+        {"loss": lambda model, batch: model(batch[0])},
+        errors.LossError,
+        "expected a scalar",
+    ),
+    (
+        "two schedules",
+        (),
+        {"every": 2, "steps": [1]},
+        errors.ArgumentError,
+        "every and steps both say when",
+    ),
+    ("every = 0", (), {"every": 0}, errors.ArgumentError, "every=0; expected a number of steps"),
+    (
+        "a number as steps",
+        (),
+        {"steps": 3},
+        errors.ArgumentTypeError,
+        "steps is a int; expected st",
+    ),
+    ("fractions as steps", (), {"steps": [1.5]}, errors.ArgumentTypeError, "than whole numbers"),
+    ("a fraction of a step", (1.5,), {}, errors.ArgumentTypeError, "step=1.5; expected an integer"),
+    ("a step back", (5, 4), {}, errors.ArgumentError, "step 4 comes after step 5"),
+    (
+        "something unknown to record",
+        (),
+        {"record": ["hessian"]},
+        errors.ArgumentError,
+        "record has 'hessian'; expected a list with any of 'gradient'",
+    ),
+    (
+        "a string to record",
+        (),
+        {"record": "gradient"},
+        errors.ArgumentError,
+        "record='gradient' is a string; expected a list",
+    ),
+    (
+        "the preconditioned sharpness without an optimiser",
+        (),
+        {"record": ["preconditioned"]},
+        errors.ArgumentError,
+        "pass optimizer=",
+    ),
+    (
+        "something else than an optimiser",
+        (),
+        {"optimizer": "Adam"},
+        errors.ArgumentTypeError,
+        "expected a torch optimiser",
+    ),
+    (
+        "more eigenvalues than parameters",
+        (),
+        {"k": 50},
+        errors.ArgumentError,
+        "k=50.* 1 <= k <= 19",
+    ),
+    (
+        "an operator, where what makes one is expected",
+        (),
+        {"operator": operator()},
+        errors.ArgumentTypeError,
+        "operator is a HessianOperator; expected what makes one",
+    ),
+    (
+        "a trajectory that is none",
+        (),
+        {"trajectory": 3},
+        errors.ArgumentTypeError,
+        "expected a Trajectory to continue, got a int",
+    ),
+    (
+        "a trajectory that was not saved",
+        (),
+        {"trajectory": "nowhere"},
+        errors.StorageError,
+        "no result at 'nowhere.json'",
+    ),
+    (
+        "a log that is none",
+        (),
+        {"log": 3},
+        errors.ArgumentTypeError,
+        "log is a int; expected a fun",
+    ),
+    ("a log of unknown kind", (), {"log": "run.csv"}, errors.ArgumentError, "ends in .jsonl"),
+):
+    refused(TRAINING, name, kind, words)(functools.partial(monitored, *steps, **options))
+
+
+@answered(TRAINING, "data that can be read only once: they are held")
+def _() -> Asked:
+    model = network().train()
+
+    def ask() -> Tensor:
+        batches = (batch for batch in BATCHES)
+        monitor = spectra.CurvatureMonitor(model, LOSS, batches, k=1, tol=1e-7, record=())
+        found = [monitor.step(step).eigenvalues[0] for step in (0, 1)]
+        return torch.tensor(found, dtype=torch.float64)
+
+    return Asked(ask, (model,), lambda: torch.linalg.eigvalsh(truth())[-1].repeat(2))
+
+
+@answered(TRAINING, "a loss that is nan at a later step is recorded, and training goes on")
+def _() -> Asked:
+    def ask() -> Tensor:
+        model = network().train()
+        monitor = spectra.CurvatureMonitor(model, LOSS, BATCHES, tol=1e-7, record=())
+        monitor.step(0)
+        with torch.no_grad():
+            model[0].weight.fill_(float("nan"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            failed = monitor.step(1)
+        assert "training goes on" in str(caught[0].message)
+        assert failed.error.startswith("NonFiniteError: the loss of batch 0 is nan")
+        sharpness = [m.sharpness for m in monitor.trajectory]
+        return torch.tensor(sharpness, dtype=torch.float64).nan_to_num(-9)
+
+    top = torch.linalg.eigvalsh(truth())[-1]
+    return Asked(ask, (), lambda: torch.stack([top, torch.tensor(-9.0).double()]))
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 

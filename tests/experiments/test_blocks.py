@@ -20,6 +20,20 @@ def test_a_small_run_is_written_down(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+def test_answers_of_all_blocks_are_measured_end_to_end(tmp_path, capsys):
+    asked = ["--tiny", "--answers", "--rounds", "2", "--out", str(tmp_path)]
+    assert program.main(asked) == 0
+    record = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))
+    assert [(row["by"], row["blocks"]) for row in record["rows"]] == [("layer", 2), ("module", 2)]
+    for row in record["rows"]:
+        # Both blocks together, in fewer passes than products.
+        assert row["passes"] <= row["products"] <= 2 * row["passes"]
+        for name in ("to as many full products", "to padded products", "to separate blocks"):
+            median, low, high = row[name]
+            assert 0 < low <= median <= high
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_the_table_says_where_the_bound_holds():
     row = {
         "workload": "net",
