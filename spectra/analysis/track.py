@@ -90,6 +90,8 @@ def track(
         (`checkpoint.part`). The same call goes on from there; `weights` of later steps may have
         been added. After Ctrl-C or SIGTERM what there is is returned, as `partial`.
 
+    Whatever exception ends it, Ctrl-C included, has an attribute `partial`: the trajectory so far.
+
     Returns
     -------
     Trajectory
@@ -131,14 +133,19 @@ def track(
         _state_kept(optimizer),
         progress_bar("track", len(files), progress, unit="checkpoint") as bar,
     ):
-        for saved, step in files:
-            bar.set_postfix_str(saved.path.name)
-            remarks = put_into(model, saved)
-            if not run.knows(step, saved.path, _digest_of(model)):
-                then = fixed or _optimizer_for(saved, optimizer)
-                if not run.measured(step, saved.path, then, remarks):
-                    break
-            bar.update()
+        try:
+            for saved, step in files:
+                bar.set_postfix_str(saved.path.name)
+                remarks = put_into(model, saved)
+                if not run.knows(step, saved.path, _digest_of(model)):
+                    then = fixed or _optimizer_for(saved, optimizer)
+                    if not run.measured(step, saved.path, then, remarks):
+                        break
+                bar.update()
+        except BaseException as error:
+            with contextlib.suppress(AttributeError):
+                error.partial = run.trajectory  # type: ignore[attr-defined]
+            raise
     operator.release()
     return run.trajectory
 

@@ -66,7 +66,7 @@ def operator():
 
 def numbers(trajectory):
     """Everything that was measured, but the time it took."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in trajectory.rows()]
+    return [{k: v for k, v in m.row().items() if k != "seconds"} for m in trajectory]
 
 
 def check_equal(a, b):
@@ -179,6 +179,26 @@ def test_a_trajectory_grows_and_nothing_is_measured_twice(tmp_path):
     assert not (tmp_path / "run.part").exists()
 
 
+def test_what_was_measured_before_an_exception_is_its_partial(tmp_path):
+    files, _ = train(tmp_path)
+    whole = spectra.track(operator(), files)
+    H, count = operator(), 0
+    compute = H._products
+
+    def products(rows):
+        nonlocal count
+        count += 1
+        if count == sum(sum(m.matvecs.values()) for m in whole) - 1:
+            raise KeyboardInterrupt
+        return compute(rows)
+
+    H._products = products
+    with pytest.raises(KeyboardInterrupt) as caught:
+        spectra.track(H, files)
+    check_equal(caught.value.partial, tuple(whole)[:2])
+    assert all(map(torch.equal, H.objective.model.parameters(), problem()[0].parameters()))
+
+
 @pytest.mark.parametrize("event", ["SIGINT", "SIGTERM", "ValueError"])
 @pytest.mark.parametrize("at", [3, 30])
 def test_a_run_that_was_ended_goes_on_to_the_same_numbers(event, at, tmp_path):
@@ -247,6 +267,7 @@ def test_weights_that_diverged_are_noted_and_the_others_measured(tmp_path):
     content["model"]["0.weight"][0, 0] = float("nan")
     torch.save(content, files[1])
     trajectory = spectra.track(operator(), files)
+    assert len(trajectory) == 3
     assert "NonFiniteError" in trajectory[1].error
     assert trajectory[2].sharpness > 0
     assert "step 5 failed" in str(trajectory)
