@@ -328,8 +328,10 @@ def test_single_precision_keeps_its_digits():
     assert H.space.dtype == torch.float32
     X = torch.linalg.qr(torch.randn(n, 2, generator=torch.Generator().manual_seed(0)).double())[0]
     made = spectra.projected(spectra.shifted(H, 3.0), X.float())
-    error = (made.to_dense() - 3 * torch.eye(2)).abs().max()
-    assert float(error) < 1e-6
+    error = (made.to_dense() - 3 * torch.eye(2)).abs().max() / 3
+    # How many partial sums a processor's kernel keeps of a block decides its last digits: 1 to 9
+    # epsilons were seen. Whole vectors summed in single precision are off by 70 to 600.
+    assert float(error) < 16 * torch.finfo(torch.float32).eps
 
 
 # --- refused -------------------------------------------------------------------------------------
