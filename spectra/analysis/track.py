@@ -207,7 +207,9 @@ class _Run:
             )
         except (NonFiniteError, LossError) as error:
             if all(m.error for m in self.trajectory):
-                raise
+                # Nothing was right so far: more likely the loss or the data than these weights.
+                msg = f"with the weights in {path.name!r}: {error}"
+                raise type(error)(msg) from error
             found = Measurement(step, path.name, error=f"{type(error).__name__}: {error}")
         except KeyboardInterrupt as error:
             if self._path is None or not len(self.trajectory):
@@ -271,9 +273,11 @@ def _checked(H: Any) -> tuple[HessianOperator, nn.Module]:
     operator = as_operator(H)
     model = operator.objective.model if isinstance(operator, HessianOperator) else None
     if not isinstance(operator, HessianOperator) or model is None:
+        kind = "HessianOperator of a function"
+        kind = kind if isinstance(operator, HessianOperator) else type(operator).__name__
         msg = (
-            f"a {type(operator).__name__} {'of a function ' if model is None else ''}has no model "
-            "to put weights into; make it with HessianOperator(model, loss, data)"
+            f"a {kind} has no model to put weights into; make it with "
+            "HessianOperator(model, loss, data)"
         )
         raise ArgumentTypeError(msg)
     return operator, model

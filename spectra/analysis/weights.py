@@ -164,12 +164,20 @@ def _unpickled(path: Path) -> Any:
             # The format before torch 1.6 cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        words = " ".join(str(error).split())[:200]
         msg = (
             f"cannot read {str(path)!r} without running code from it ({type(error).__name__}: "
-            f"{words}); save only tensors and plain containers, such as model.state_dict()"
+            f"{_reason(error)}); save only tensors and plain containers, such as "
+            "model.state_dict()"
         )
         raise ArgumentError(msg) from error
+
+
+def _reason(error: Exception) -> str:
+    """What torch.load says, without its advice to trust the file."""
+    words = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))
+    if found := re.search(r"[Uu]nsupported (?:global|class):? (?:GLOBAL )?([\w.]+\w)", words):
+        return f"it holds a {found[1]}"
+    return words.split(". ")[0][:200]
 
 
 def _is_weights(value: Any) -> bool:

@@ -2267,6 +2267,193 @@ def _() -> Asked:
     return Asked(ask, (), lambda: torch.stack([top, torch.tensor(-9.0).double()]))
 
 
+# --- curvature at saved weights ------------------------------------------------------------------
+
+SAVED = "curvature at saved weights"
+
+
+def saved(content: Any, name: str = "weights.pt") -> Path:
+    """What a training might have saved, in a file; bytes and text as they are."""
+    path = Path(tempfile.mkdtemp(dir=folder().name)) / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    return path
+
+
+def tracked(*contents: Any, name: str = "weights.pt", **options: Any) -> Asked:
+    """Measurements at what was saved."""
+    hessian = options.pop("hessian", None) or operator()
+    files = [c if isinstance(c, str) else saved(c, name) for c in contents]
+    watched = (hessian.objective.model,) if isinstance(hessian, HessianOperator) else ()
+    return Asked(lambda: spectra.track(hessian, files, **options), watched)
+
+
+def weights(**changes: Any) -> dict[str, Any]:
+    """The network's, with some replaced, or left out where None."""
+    state = {name.replace(".", "_"): value for name, value in network().state_dict().items()}
+    state.update(changes)
+    return {k.replace("_", ".", 1): v for k, v in state.items() if v is not None}
+
+
+def adam_state() -> dict[str, Any]:
+    """Of an optimiser that has not taken a step."""
+    return torch.optim.Adam(network().parameters()).state_dict()
+
+
+for name, contents, options, kind, words in (
+    ("no weights", (), {}, errors.ArgumentError, "no weights to measure at"),
+    ("a file that is not there", ("nowhere.pt",), {}, errors.ArgumentError, "no file or direct"),
+    (
+        "a file of another kind by its name",
+        (b"1,2\n",),
+        {"name": "weights.csv"},
+        errors.ArgumentError,
+        "is no file of weights by its name",
+    ),
+    ("a file cut off", (b"PK\x03\x04",), {}, errors.ArgumentError, "cannot read"),
+    (
+        "a safetensors file that is none",
+        (b"not one",),
+        {"name": "weights.safetensors"},
+        errors.ArgumentError,
+        "cannot read",
+    ),
+    (
+        "a whole pickled model, which could run code",
+        (nn.Linear(2, 1),),
+        {},
+        errors.ArgumentError,
+        r"it holds a torch.nn.modules.linear.Linear\); save only tensors",
+    ),
+    (
+        "a checkpoint without weights",
+        ({"epoch": 3, "accuracy": 0.9},),
+        {},
+        errors.ArgumentError,
+        "holds no weights, but entries 'epoch', 'accuracy'",
+    ),
+    (
+        "weights of a smaller model",
+        (weights(**{"2_bias": None}),),
+        {},
+        errors.ArgumentError,
+        "are not those of the Sequential: they lack '2.bias'",
+    ),
+    (
+        "weights of a larger model",
+        (weights(**{"3_bias": torch.ones(1)}),),
+        {},
+        errors.ArgumentError,
+        "have besides '3.bias'",
+    ),
+    (
+        "weights of another shape",
+        (weights(**{"2_bias": torch.ones(2)}),),
+        {},
+        errors.ArgumentError,
+        r"'2.bias' in .* has the shape \(2,\), in the Sequential \(1,\)",
+    ),
+    (
+        "weights that are nan, and no others",
+        (weights(**{"2_bias": torch.full((1,), float("nan"))}),),
+        {},
+        errors.NonFiniteError,
+        "with the weights in 'weights.pt': the loss of batch 0 is nan",
+    ),
+    (
+        "one file, where a list is expected",
+        (),
+        {"weights": "weights.pt"},
+        errors.ArgumentTypeError,
+        "weights is a str; expected a list of files",
+    ),
+    (
+        "an operator without a model",
+        (weights(),),
+        {"hessian": spectra.as_operator(np.eye(2))},
+        errors.ArgumentTypeError,
+        "a MatrixOperator has no model to put weights into",
+    ),
+    (
+        "a learning rate below zero",
+        (weights(),),
+        {"learning_rate": -0.1},
+        errors.ArgumentError,
+        "learning_rate=-0.1; expected a positive number",
+    ),
+    (
+        "a learning rate twice",
+        (weights(),),
+        {"learning_rate": 0.1, "optimizer": torch.optim.SGD([torch.zeros(1)], lr=0.1)},
+        errors.ArgumentError,
+        "has learning rates of its own",
+    ),
+    (
+        "the state of another optimiser than was given",
+        ({"model": weights(), "optimizer": adam_state()},),
+        {"optimizer": torch.optim.SGD(network().parameters(), lr=0.1)},
+        errors.ArgumentError,
+        "does not go into the SGD: it is that of Adam",
+    ),
+):
+
+    def build(contents: tuple[Any, ...] = contents, options: dict[str, Any] = options) -> Asked:
+        if "weights" in options:
+            return Asked(lambda: spectra.track(operator(), options["weights"]))
+        return tracked(*contents, **options)
+
+    refused(SAVED, name, kind, words)(build)
+
+
+@refused(SAVED, "other weights than a checkpoint holds", errors.CheckpointError, "are others")
+def _() -> Asked:
+    path, files = saved(b"", "run"), [saved(weights(), f"w-{step}.pt") for step in (1, 2)]
+
+    def ask() -> None:
+        spectra.track(operator(), files[:1], checkpoint=path)
+        torch.save(weights(**{"2_bias": torch.ones(1)}), files[0])
+        spectra.track(operator(), files, checkpoint=path)
+
+    return Asked(ask)
+
+
+@answered(SAVED, "files in another order than their steps")
+def _() -> Asked:
+    def ask() -> Tensor:
+        files = [
+            saved({"model": weights(**{"2_bias": torch.full((1,), b)}), "step": step})
+            for b, step in ((5.0, 7), (0.0, 3))
+        ]
+        found = spectra.track(operator(), files, k=1, tol=1e-7, record=())
+        assert [m.step for m in found] == [3, 7]
+        return torch.tensor([m.eigenvalues[0] for m in found], dtype=torch.float64)
+
+    def right() -> Tensor:
+        tops = []
+        for b in (0.0, 5.0):
+            model = network()
+            with torch.no_grad():
+                model[2].bias.fill_(b)
+            tops.append(torch.linalg.eigvalsh(dense_of(model))[-1])
+        return torch.stack(tops)
+
+    return Asked(ask, (), right)
+
+
+@answered(SAVED, "one file among others that is nan: its row says so")
+def _() -> Asked:
+    def ask() -> Tensor:
+        bad = weights(**{"2_bias": torch.full((1,), float("nan"))})
+        files = [saved(c, f"w-{i}.pt") for i, c in enumerate([weights(), bad])]
+        first, second = spectra.track(operator(), files, k=1, tol=1e-7, record=())
+        assert second.error.startswith("NonFiniteError")
+        return torch.tensor(first.eigenvalues[:1], dtype=torch.float64)
+
+    return Asked(ask, (), lambda: torch.linalg.eigvalsh(truth())[-1:])
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 
