@@ -157,14 +157,15 @@ def plot(found: dict[str, Any], path: Path) -> None:
             rows = [r for r in found["rows"] if (r["setting"], r["seed"]) == (setting, seed)]
             style = {"color": f"C{number}", "label": labels[setting] if seed == 0 else None}
             epochs = [row["epoch"] for row in rows]
-            axes[0].semilogy(epochs, [row["ratio"] for row in rows], "o-", **style)
+            # Of a network without curvature beyond nine directions it is a division by zero.
+            ratios = [row["ratio"] if row["ratio"] < 1e6 else np.nan for row in rows]
+            axes[0].semilogy(epochs, ratios, "o-", **style)
             axes[1].plot(epochs, [row["share"] for row in rows], "o-", **style)
             for row in rows:
                 if "density" in row:
                     above = np.array(row["density"]["above"])
-                    axes[2].loglog(
-                        row["density"]["at"], np.where(above > 0, above, np.nan), **style
-                    )
+                    above[above < 1e-9] = np.nan
+                    axes[2].loglog(row["density"]["at"], above, **style)
     axes[0].set(xlabel="epoch", ylabel="λ₁ / λ₁₀", title="How far the first is above the tenth")
     axes[1].set(xlabel="epoch", ylabel="share", title="The gradient in the top ten")
     axes[1].set_ylim(0, 1.02)
