@@ -26,6 +26,7 @@ from spectra.algorithms.norms import norm
 from spectra.algorithms.solve import Solution, solve
 from spectra.algorithms.trace import trace
 from spectra.analysis.analyze import Analysis, analyze
+from spectra.analysis.comparison import Comparison, compare
 from spectra.analysis.landscape import Landscape, landscape
 from spectra.analysis.monitor import CurvatureMonitor, log_spaced
 from spectra.analysis.preflight import Preflight, check
@@ -49,6 +50,7 @@ __all__ = [
     "BlockCoupling",
     "BlockSpectra",
     "BlockTraces",
+    "Comparison",
     "CurvatureMonitor",
     "DataSpread",
     "DiagonalEstimate",
@@ -70,6 +72,7 @@ __all__ = [
     "block_coupling",
     "block_spectra",
     "check",
+    "compare",
     "data_spread",
     "deflated",
     "diagonal",

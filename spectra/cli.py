@@ -29,21 +29,23 @@ from torch.optim import Optimizer
 from spectra.analysis import storage
 from spectra.analysis.analyze import Analysis, analyze
 from spectra.analysis.budget import parse_budget
+from spectra.analysis.comparison import Comparison, compare
 from spectra.analysis.preflight import check
 from spectra.analysis.track import track
-from spectra.analysis.trajectory import Measurement
+from spectra.analysis.trajectory import Measurement, Trajectory
 from spectra.errors import (
     ArgumentError,
     ArgumentTypeError,
     CheckpointError,
     SpectraError,
+    StorageError,
     TargetError,
 )
 from spectra.names import printable
 from spectra.objective.memory import memory_ran_out
 from spectra.operators.base import SymmetricOperator
 from spectra.operators.hessian import HessianOperator
-from spectra.results import versions
+from spectra.results import load, versions
 
 __all__ = ["main"]
 
@@ -94,8 +96,13 @@ the optimiser's saved state is put into that, for --preconditioned and the stabi
 --hf MODEL_DIR --text FILE instead of TARGET, every argument is a CHECKPOINT.
 
 The directory --out receives trajectory.json and trajectory.safetensors (spectra.load reads them),
-and the figure. They are written after every measurement: a run that was ended goes on with
---resume, and so does a finished one, with the CHECKPOINTs that came since.
+after every measurement, and the figure and trajectory.html at the end. A run that was ended goes
+on with --resume, and so does a finished one, with the CHECKPOINTs that came since.
+"""
+_COMPARE = """\
+Puts two runs of `spectra analyze` side by side: every number that both have, the change, and what
+the change may be off by; how much the top eigenvectors have in common, how far the distributions of
+eigenvalues are apart, and which settings differ. Nothing is computed anew.
 """
 _FIGURES = frozenset({"eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"})
 # Options of `analyze` that go with --hf, by its tasks.
@@ -363,8 +370,6 @@ def _measure_along(
     as_json: bool,
 ) -> int:
     """Track, draw, and say what came out."""
-    from spectra.report.report import save_figures
-
     n, count = operator.space.n, len(checkpoints)
     at = f"{count} checkpoint{'' if count == 1 else 's'}"
     say(f"Measuring the Hessian of {title} at {at}: n = {n:,}\n")
@@ -372,7 +377,8 @@ def _measure_along(
     with _stdout_to_stderr(as_json):
         trajectory = track(operator, checkpoints, checkpoint=stem, **options)
     say(f"{trajectory}\n")
-    figures = save_figures(trajectory, stem.parent)
+    heading = f"Curvature of {title} over training"
+    written = _draw_trajectory(trajectory, stem.parent, heading)
     if as_json:
         document = {
             "title": title,
@@ -381,8 +387,7 @@ def _measure_along(
             "partial": trajectory.partial,
         }
         _say(json.dumps(storage.finite(document), indent=1, allow_nan=False))
-    drawn = "".join(f" and {path}" for path in figures.values())
-    say(f"Wrote {stem.with_suffix('.json')}{drawn}")
+    say(f"Wrote {', '.join(map(str, [stem.with_suffix('.json'), *written]))}")
     if trajectory.partial:
         how = "the same command with --resume goes on from there"
         print(f"spectra: what was computed is in {stem.parent}; {how}", file=sys.stderr)
@@ -391,14 +396,97 @@ def _measure_along(
     return _CONVERGED if fine else _NOT_CONVERGED
 
 
+def _read_trajectory(directory: Path) -> Trajectory:
+    trajectory = load(directory / "trajectory")
+    if not isinstance(trajectory, Trajectory):
+        msg = f"{str(directory)!r} holds a {type(trajectory).__name__} under the name trajectory"
+        raise StorageError(msg)
+    return trajectory
+
+
+def _report_trajectory(directory: Path, trajectory: Trajectory) -> int:
+    for path in _draw_trajectory(trajectory, directory, None):
+        _say(f"wrote {path}")
+    return _CONVERGED
+
+
+def _draw_trajectory(trajectory: Trajectory, directory: Path, title: str | None) -> list[Path]:
+    # matplotlib takes a second to import.
+    from spectra.report.report import save_figures
+    from spectra.report.trajectory_page import write_trajectory_page
+
+    figures = save_figures(trajectory, directory)
+    page = directory / "trajectory.html"
+    write_trajectory_page(trajectory, page, title=title, figures=figures)
+    return [*figures.values(), page]
+
+
 def _reached(m: Measurement) -> bool:
     """Everything that was measured there has its tolerance."""
     verdicts = (*m.converged, m.trace_converged, m.preconditioned_converged)
     return not m.error and False not in verdicts
 
 
+def _compare(arguments: argparse.Namespace) -> Callable[[], int]:
+    directories = (arguments.first, arguments.second)
+    runs = [storage.read_run(directory) for directory in directories]
+    titles = [storage.read_summary(directory)["title"] for directory in directories]
+    names = _told_apart(titles, directories)
+    if arguments.out is not None:
+        storage.check_directory(arguments.out, overwrite=True)
+
+    def run() -> int:
+        comparison = compare(runs[0], runs[1], names=names)
+        if arguments.json:
+            _say(json.dumps(storage.finite(_numbers(comparison)), indent=1, allow_nan=False))
+        else:
+            _say(str(comparison))
+        if arguments.out is not None:
+            from spectra.report.comparison_page import write_comparison_page
+            from spectra.report.report import save_figures
+
+            save_figures(comparison, arguments.out)
+            page = write_comparison_page(comparison, arguments.out / "comparison.html")
+            if not arguments.json:
+                _say(f"\nWrote {page}")
+        return _CONVERGED
+
+    return run
+
+
+def _told_apart(titles: Sequence[str], directories: Sequence[Path]) -> tuple[str, str]:
+    """The titles if they differ, else the directories' names, else their paths."""
+    for names in (titles, [path.resolve().name for path in directories]):
+        if all(names) and names[0] != names[1]:
+            return names[0], names[1]
+    return str(directories[0]), str(directories[1])
+
+
+def _numbers(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "names": list(comparison.names),
+        "differences": [
+            {
+                **dataclasses.asdict(row),
+                "change": row.change,
+                "error": row.error,
+                "beyond_errors": row.beyond_errors,
+            }
+            for row in comparison.rows
+        ],
+        "overlap": comparison.overlap,
+        "overlap_size": comparison.overlap_size,
+        "distance": comparison.distance,
+        "distance_floor": comparison.distance_floor,
+        "settings": list(comparison.settings),
+        "notes": list(comparison.notes),
+    }
+
+
 def _report(arguments: argparse.Namespace) -> Callable[[], int]:
     directory: Path = arguments.directory
+    if (directory / "trajectory.json").exists() and not (directory / "run.json").exists():
+        return functools.partial(_report_trajectory, directory, _read_trajectory(directory))
     title = storage.read_summary(directory)["title"]
     analysis = storage.read_run(directory)
 
@@ -765,7 +853,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_track_options(tracked)
     tracked.set_defaults(prepare=_track)
 
-    report = add("report", help="make the figures and report.html of a saved run again")
+    compared = add(
+        "compare",
+        help="two saved runs side by side: what differs by more than its error",
+        description=_COMPARE,
+    )
+    compared.add_argument("first", type=Path, metavar="DIR", help="what --out was")
+    compared.add_argument("second", type=Path, metavar="DIR", help="of another run")
+    compared.add_argument("--out", type=Path, metavar="DIR", help="write comparison.html there")
+    compared.add_argument("--json", action="store_true", help="print the numbers as JSON instead")
+    compared.set_defaults(prepare=_compare)
+
+    report = add("report", help="make the figures and page of a saved run again")
     report.add_argument("directory", type=Path, metavar="DIR", help="what --out was")
     report.set_defaults(prepare=_report)
     return parser

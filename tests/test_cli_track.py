@@ -92,14 +92,20 @@ def test_a_table_a_figure_and_a_result_come_out(track):
     table = [line for line in said.out.splitlines() if not line.startswith("note: ")]
     assert max(map(len, table)) <= 80
     assert "step-4.pt" in said.out
-    assert "Wrote out/trajectory.json and out/trajectory.svg" in said.out
+    assert "Wrote out/trajectory.json, out/trajectory.svg, out/trajectory.html" in said.out
     trajectory = spectra.load("out/trajectory")
     assert [m.step for m in trajectory] == [0, 4, 8]
     assert all(len(m.eigenvalues) == 2 and m.trace_converged for m in trajectory)
     # Adam's, from its saved options: 2 (1 + β₁) / ((1 − β₁) lr).
     assert trajectory[0].threshold == pytest.approx(2 * 1.9 / 0.1 / 0.05)
     assert sorted(path.name for path in Path("out").iterdir()) == [
-        *("trajectory.json", "trajectory.png", "trajectory.safetensors", "trajectory.svg"),
+        *(
+            "trajectory.html",
+            "trajectory.json",
+            "trajectory.png",
+            "trajectory.safetensors",
+            "trajectory.svg",
+        ),
     ]
 
 

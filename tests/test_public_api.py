@@ -36,6 +36,7 @@ PROMISED = [
     "as_operator",
     "block_coupling",
     "block_spectra",
+    "compare",
     "deflated",
     "eigsh",
     "errors",

@@ -198,7 +198,7 @@ class SpectralDensity(Result):
 
     def cdf(self, x: np.ndarray | float) -> np.ndarray:
         """Share of the eigenvalues that are at most x, atoms included."""
-        return self._cdf_per_probe(x).mean(axis=0)
+        return self.cdf_per_probe(x).mean(axis=0)
 
     def cdf_band(
         self,
@@ -231,10 +231,10 @@ class SpectralDensity(Result):
             msg = f"kind={kind!r}; expected 'probes' or 'rigorous'"
             raise ArgumentError(msg)
         if kind == "probes":
-            low, high = self._student(self._cdf_per_probe(x), confidence)
+            low, high = self._student(self.cdf_per_probe(x), confidence)
         else:
             check_confidence(confidence)
-            self._cdf_per_probe(x)
+            self.cdf_per_probe(x)
             x = np.atleast_1d(np.asarray(x, dtype=float))
             known = (self.atoms[:, None] <= x).sum(axis=0) / self.n
             lowers, uppers = counting.brackets(self, x)
@@ -394,7 +394,8 @@ class SpectralDensity(Result):
         grid = np.asarray(grid, dtype=float)
         return broadening.curves(self.nodes, self.weights, self._widths(width), grid)
 
-    def _cdf_per_probe(self, x: np.ndarray | float) -> np.ndarray:
+    def cdf_per_probe(self, x: np.ndarray | float) -> np.ndarray:
+        """(probes, places) what each probe by itself says of `cdf`."""
         if np.isnan(x).any():
             msg = "x holds nan; expected places on the axis of eigenvalues"
             raise ArgumentError(msg)

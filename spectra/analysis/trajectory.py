@@ -16,7 +16,7 @@ from torch import Tensor
 from spectra.errors import ArgumentError
 from spectra.results import Result
 
-__all__ = ["Measurement", "Trajectory"]
+__all__ = ["Measurement", "Trajectory", "shared_notes"]
 
 _WIDTH = 80
 
@@ -245,6 +245,16 @@ class Trajectory(Result):
         """A dict of plain numbers and strings for each measurement: `pandas.DataFrame(rows)`."""
         return [m.row() for m in self.measurements]
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and rows of the table that people read: numbers with their errors, as text.
+
+        A column that no measurement has is left out; * is what did not converge.
+        """
+        columns = {"step": lambda m: str(m.step), "": lambda m: m.label, **_columns(self)}
+        cells = {title: [cell(m) for m in self] for title, cell in columns.items()}
+        full = {title: column for title, column in cells.items() if any(column)}
+        return [*full], [list(row) for row in zip(*full.values(), strict=True)]
+
     def __str__(self) -> str:
         if not self.measurements:
             return "trajectory without a measurement"
@@ -261,7 +271,7 @@ class Trajectory(Result):
         if formulas := {m.threshold_formula for m in self if m.threshold_formula}:
             of = "preconditioned " if self._threshold_preconditioned else ""
             lines.append(f"threshold of the {of}sharpness: {' or '.join(sorted(formulas))}")
-        lines += [f"note: {note}" for note in (*self.notes, *_shared_notes(self))]
+        lines += [f"note: {note}" for note in (*self.notes, *shared_notes(self))]
         return "\n".join(lines)
 
     @property
@@ -278,7 +288,7 @@ def _verdicts(m: Measurement) -> tuple[bool | None, ...]:
     )
 
 
-def _shared_notes(trajectory: Trajectory) -> list[str]:
+def shared_notes(trajectory: Trajectory) -> list[str]:
     """Each note once, with the steps it is of."""
     steps: dict[str, list[int]] = {}
     for m in trajectory:
@@ -362,9 +372,9 @@ def _blocks(trajectory: Trajectory) -> Iterator[list[str]]:
         steps = [f"{a}  {_shortened(b)}".rstrip() for a, b in zip(steps, names, strict=True)]
     first = _justified(steps, left=any(m.label for m in trajectory))
     block, width = first, len(first[0])
-    for title, cell in _columns(trajectory).items():
-        cells = [cell(m) for m in trajectory]
-        if not any(cells):
+    heads, rows = trajectory.table()
+    for title, cells in zip(heads, zip(*rows, strict=True), strict=True):
+        if title in {"step", ""}:
             continue
         column = _justified([title, *(text or "-" for text in cells)])
         if width + 2 + len(column[0]) > _WIDTH:

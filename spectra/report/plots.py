@@ -32,6 +32,7 @@ from spectra.algorithms.density import SpectralDensity
 from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.analysis.analyze import Analysis
+from spectra.analysis.comparison import Comparison
 from spectra.analysis.landscape import Landscape
 from spectra.analysis.trajectory import Trajectory
 from spectra.errors import ArgumentError, ArgumentTypeError
@@ -45,6 +46,8 @@ __all__ = [
     "plot",
     "plot_block_spectra",
     "plot_blocks",
+    "plot_both_densities",
+    "plot_both_eigenvalues",
     "plot_coupling",
     "plot_density",
     "plot_eigenpairs",
@@ -62,6 +65,8 @@ _EIGENVALUES = "#D55E00"
 _DENSITY = "#0072B2"
 _MEAN = "#009E73"
 _GREY = "#7F7F7F"
+# Where two analyses are drawn together.
+_TWO = ((_DENSITY, "o", -0.1), (_EIGENVALUES, "s", 0.1))
 
 _WHICH = {
     "LM": "largest in magnitude",
@@ -586,6 +591,128 @@ def plot_landscape(surface: Landscape, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_both_eigenvalues(comparison: Comparison, ax: Axes | None = None) -> Axes:
+    """The eigenvalues of two analyses by their rank, with residuals as error bars.
+
+    Parameters
+    ----------
+    comparison
+        From `spectra.compare`. Those that did not converge are drawn hollow.
+    ax
+        Where to draw; a new pyplot figure by default.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ArgumentTypeError
+        `ax` is no matplotlib Axes.
+    """
+    ax = _axes(ax)
+    both = [analysis.eigenpairs for analysis in comparison.analyses]
+    values, residuals = (
+        np.concatenate([getattr(pairs, name) for pairs in both]) for name in ("values", "residuals")
+    )
+    within = _linear_within(values, residuals)
+    if within is not None:
+        ax.set_yscale("symlog", linthresh=within)
+    ax.axhline(0.0, color=_GREY, linewidth=0.8)
+    for pairs, name, (color, marker, aside) in zip(both, comparison.names, _TWO, strict=True):
+        index = np.arange(1, len(pairs) + 1) + aside
+        for chosen, face in ((pairs.converged, color), (~pairs.converged, "none")):
+            words = name if face == color else f"{name}, not converged"
+            if chosen.any():
+                ax.errorbar(
+                    index[chosen],
+                    pairs.values[chosen],
+                    yerr=pairs.residuals[chosen],
+                    fmt=marker,
+                    color=color,
+                    markerfacecolor=face,
+                    markersize=5.0,
+                    capsize=2.5,
+                    label=printable(words),
+                )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("index, in descending order")
+    ax.set_ylabel("eigenvalue λ")
+    _finish(ax, "Eigenvalues of both")
+    _plain_legend(ax)
+    return ax
+
+
+def plot_both_densities(comparison: Comparison, ax: Axes | None = None) -> Axes:
+    """The spectral densities of two analyses on one axis, each with its band and its outliers.
+
+    Parameters
+    ----------
+    comparison
+        From `spectra.compare`, of two analyses with a density.
+    ax
+        Where to draw; a new pyplot figure by default. Its horizontal axis is linear around zero
+        and logarithmic beyond.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ArgumentError
+        One of them has no density.
+    ArgumentTypeError
+        `ax` is no matplotlib Axes.
+    """
+    densities = [analysis.density for analysis in comparison.analyses]
+    both = [density for density in densities if density is not None]
+    if len(both) < 2:
+        msg = "one of the two analyses has no density; compute it with analyze(density=True)"
+        raise ArgumentError(msg)
+    ax = _axes(ax)
+    x0 = max(_resolution_near_zero(density, None) for density in both)
+    floor = min(0.1 / density.n for density in both)
+    ax.set_xscale("asinh", linear_width=x0)
+    ax.set_yscale("log")
+    drawn, peak = [], 1.0
+    for density, name, (color, *_) in zip(both, comparison.names, _TWO, strict=True):
+        label = printable(name)
+        curve = _curve(density, None, x0, "symlog")
+        if curve is not None:
+            low, high = _band(curve, 0.95, floor)
+            ax.fill_between(curve.centres, low, high, color=color, alpha=0.2, linewidth=0)
+            ax.plot(curve.centres, curve.mean, color=color, linewidth=1.3, label=label)
+            drawn.append(curve.range_above(floor))
+            peak = max(peak, float(curve.mean.max()))
+        if len(density.atoms):
+            ax.vlines(
+                density.atoms,
+                0.0,
+                # Those of the second stand out above those of the first.
+                0.05 if density is both[0] else 0.1,
+                colors=color,
+                linewidth=1.2,
+                transform=ax.get_xaxis_transform(),
+                label="_" if curve is not None else label,
+            )
+            drawn.append(density.atoms)
+    ax.set_ylim(floor, floor * (peak / floor) ** 1.2)
+    _limit(ax, np.concatenate(drawn), x0)
+    _tick_symlog(ax, x0)
+    ax.set_xlabel(f"eigenvalue λ (linear within ±{x0:g}, logarithmic beyond)")
+    ax.set_ylabel(f"density per unit of asinh(λ / {x0:g})")
+    _finish(ax, "Spectral densities of both, with 95 % bands; lines at the foot: outliers")
+    _plain_legend(ax)
+    return ax
+
+
+def _plain_legend(ax: Axes) -> None:
+    """A legend whose names are not read as formulas."""
+    for text in ax.legend(loc="best", fontsize="small").get_texts():
+        text.set_parse_math(False)
+
+
 _DRAW: dict[type, Callable[..., Axes]] = {
     Eigenpairs: plot_eigenpairs,
     SpectralDensity: plot_density,
@@ -800,15 +927,11 @@ def _bin_edges(density: SpectralDensity, widths: np.ndarray, x0: float, scale: s
 
 def _draw_curve(ax: Axes, curve: _Curve, confidence: float, floor: float) -> None:
     """Mean over probes as a line through the bins' centres, and Student's band around it."""
-    probes, mean = len(curve.samples), curve.mean
-    if probes > 1:
-        quantile = stats.t.ppf(0.5 + confidence / 2, probes - 1)
-        half = quantile * curve.samples.std(axis=0, ddof=1) / math.sqrt(probes)
+    mean = curve.mean
+    if len(curve.samples) > 1:
         ax.fill_between(
             curve.centres,
-            # A logarithmic axis has no place for 0.
-            np.maximum(mean - half, floor / 10),
-            np.maximum(mean + half, floor / 10),
+            *_band(curve, confidence, floor),
             color=_DENSITY,
             alpha=0.25,
             linewidth=0,
@@ -818,6 +941,17 @@ def _draw_curve(ax: Axes, curve: _Curve, confidence: float, floor: float) -> Non
     width = narrow if narrow == wide else f"{narrow} to {wide}"
     label = f"broadened density (width {width})"
     ax.plot(curve.centres, mean, color=_DENSITY, linewidth=1.3, label=label)
+
+
+def _band(curve: _Curve, confidence: float, floor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Student's band around the mean over probes; the mean itself where there is one probe."""
+    probes, mean = len(curve.samples), curve.mean
+    half = np.zeros_like(mean)
+    if probes > 1:
+        quantile = stats.t.ppf(0.5 + confidence / 2, probes - 1)
+        half = quantile * curve.samples.std(axis=0, ddof=1) / math.sqrt(probes)
+    # A logarithmic axis has no place for 0.
+    return np.maximum(mean - half, floor / 10), np.maximum(mean + half, floor / 10)
 
 
 def _draw_atoms(ax: Axes, density: SpectralDensity, *, fixed: bool) -> None:

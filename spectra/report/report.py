@@ -5,31 +5,34 @@ Every number stands beside its error, and every note of every part is shown.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-import matplotlib.style
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from spectra.algorithms.blocks import BlockTraces
 from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate
 from spectra.analysis.analyze import Analysis
+from spectra.analysis.comparison import Comparison
 from spectra.analysis.trajectory import Trajectory
-from spectra.errors import ArgumentError, ArgumentTypeError, StorageError
-from spectra.files import replace_file
-from spectra.names import printable, short_name
-from spectra.report import plots
+from spectra.errors import ArgumentTypeError
+from spectra.names import short_name
+from spectra.report.comparison_page import of_comparison
+from spectra.report.pages import (
+    Draw,
+    Table,
+    flattened,
+    illustrated,
+    write_figures,
+    write_page,
+)
+from spectra.report.trajectory_page import of_trajectory
 
 __all__ = ["save_figures", "write_report"]
 
-_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 _CAPTIONS = {
     "eigenvalues": (
         "Eigenvalues",
@@ -59,27 +62,6 @@ _CAPTIONS = {
         "the same probes.",
     ),
 }
-_STYLE = {
-    "font.size": 10.0,
-    "axes.titlesize": 10.0,
-    # Letters as outlines look the same everywhere, whatever fonts a reader has.
-    "svg.fonttype": "path",
-    # Without it every run gives other identifiers, and the same result other files.
-    "svg.hashsalt": "spectra",
-}
-
-
-class _Figure(NamedTuple):
-    title: str
-    caption: str
-    source: str
-
-
-class _Table(NamedTuple):
-    title: str
-    caption: str
-    head: list[str]
-    rows: list[list[str]]
 
 
 class _Scalar(NamedTuple):
@@ -92,17 +74,17 @@ class _Scalar(NamedTuple):
 
 
 def save_figures(
-    result: Analysis | Trajectory,
+    result: Analysis | Trajectory | Comparison,
     directory: str | Path,
     *,
     formats: Sequence[str] = ("svg", "png"),
 ) -> dict[str, Path]:
-    """Write the figures of an analysis, or of a trajectory, as files.
+    """Write the figures of an analysis, a trajectory or a comparison as files.
 
     Parameters
     ----------
     result
-        From `spectra.analyze` or `spectra.track`.
+        From `spectra.analyze`, `spectra.track` or `spectra.compare`.
     directory
         Where to write; made if needed. Existing figures of the same names are replaced.
     formats
@@ -114,36 +96,24 @@ def save_figures(
         Path in the first of the formats by name: "eigenvalues"; "density" and "density_symlog"
         where the density was computed; "trace" where it was estimated from probes;
         "trace_by_layer" where the model has several modules. Of a trajectory "trajectory", if it
-        has a sharpness. Drawn with matplotlib's default style,
-        whatever the session's own is.
+        has a sharpness; of a comparison "both_eigenvalues" and, where both have one,
+        "both_densities". Drawn with matplotlib's default style, whatever the session's own is.
 
     Raises
     ------
     ArgumentTypeError
-        Neither of them.
+        None of them.
     ArgumentError
         No format, or one that matplotlib cannot write.
     StorageError
         The files cannot be written.
     """
-    if not isinstance(result, Trajectory):
-        _check_analysis(result)
-    known = Figure().canvas.get_supported_filetypes()
-    if isinstance(formats, str) or not formats or not set(formats) <= set(known):
-        msg = f"formats={formats!r}; expected a sequence of {', '.join(sorted(known))}"
-        raise ArgumentError(msg)
-    directory = Path(directory)
-    paths = {}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, figure in _drawn(result):
-            for kind in formats:
-                replace_file(directory / f"{name}.{kind}", _rendered(figure, kind))
-            paths[name] = directory / f"{name}.{formats[0]}"
-    except OSError as error:
-        msg = f"could not write figures into {str(directory)!r}: {error}"
-        raise StorageError(msg) from error
-    return paths
+    if isinstance(result, Trajectory):
+        return write_figures(of_trajectory(result), directory, formats)
+    if isinstance(result, Comparison):
+        return write_figures(of_comparison(result), directory, formats)
+    _check_analysis(result)
+    return write_figures(_of_analysis(result), directory, formats)
 
 
 def write_report(
@@ -181,43 +151,21 @@ def write_report(
         A figure cannot be read, or the page not written.
     """
     _check_analysis(analysis)
-    path = Path(path)
-    if figures is None:
-        images = {name: (_rendered(figure, "svg"), ".svg") for name, figure in _drawn(analysis)}
-    else:
-        images = {name: _read_image(Path(file)) for name, file in figures.items()}
-    page = _TEMPLATES.get_template("report.html").render(
+    return write_page(
+        path,
+        "report.html",
         title=title or _heading(analysis),
         summary=_summary(analysis),
         failures=list(_failures(analysis)),
         notes=list(_notes(analysis)),
-        figures=[_embedded(name, *image) for name, image in images.items()],
+        figures=illustrated(_of_analysis(analysis), _CAPTIONS, figures),
         pairs=_pair_rows(analysis.eigenpairs),
         certificate=_certificate(analysis.eigenpairs),
         scalars=list(_scalars(analysis)),
         blocks=_block_table(analysis.blocks),
         costs=_costs(analysis),
-        provenance=list(_flattened(analysis.provenance)),
+        provenance=list(flattened(analysis.provenance)),
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, page.encode("utf-8"))
-    except OSError as error:
-        msg = f"could not write the report to {str(path)!r}: {error}"
-        raise StorageError(msg) from error
-    return path
-
-
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("spectra.report"),
-    # Model, parameter and function names are the user's: they must never become markup. Nor do
-    # control characters or marks for writing from right to left reach the page.
-    autoescape=True,
-    finalize=lambda value: printable(value) if type(value) is str else value,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 def _check_analysis(analysis: Any) -> None:
@@ -231,25 +179,7 @@ def _check_analysis(analysis: Any) -> None:
 # --- figures -------------------------------------------------------------------------------------
 
 
-def _drawn(result: Analysis | Trajectory) -> Iterator[tuple[str, Figure]]:
-    """Each figure with its name, in the order of the page."""
-    draw = _of_trajectory(result) if isinstance(result, Trajectory) else _of_analysis(result)
-    for name, function in draw.items():
-        with matplotlib.style.context(["default", _STYLE]):
-            figure = Figure(figsize=plots.FIGURE_SIZE, layout="constrained")
-            function(figure.add_subplot())
-            # Once, not again for every format.
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
-        yield name, figure
-
-
-def _of_trajectory(trajectory: Trajectory) -> dict[str, Callable[[Axes], Axes]]:
-    known = any(not math.isnan(m.sharpness) for m in trajectory)
-    return {"trajectory": trajectory.plot} if known else {}
-
-
-def _of_analysis(analysis: Analysis) -> dict[str, Callable[[Axes], Axes]]:
+def _of_analysis(analysis: Analysis) -> Draw:
     draw: dict[str, Callable[[Axes], Axes]] = {"eigenvalues": analysis.eigenpairs.plot}
     if (density := analysis.density) is not None:
         draw["density"] = density.plot
@@ -259,34 +189,6 @@ def _of_analysis(analysis: Analysis) -> dict[str, Callable[[Axes], Axes]]:
     if analysis.blocks is not None:
         draw["trace_by_layer"] = analysis.blocks.plot
     return draw
-
-
-def _rendered(figure: Figure, kind: str) -> bytes:
-    buffer = BytesIO()
-    # No date in vector files, so that the same result gives the same file.
-    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-    with matplotlib.style.context(["default", _STYLE]):
-        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
-    return buffer.getvalue()
-
-
-def _read_image(path: Path) -> tuple[bytes, str]:
-    if path.suffix.lower() not in _TYPES:
-        msg = f"cannot embed {str(path)!r}: expected a figure in SVG or PNG"
-        raise ArgumentError(msg)
-    try:
-        return path.read_bytes(), path.suffix.lower()
-    except OSError as error:
-        msg = f"could not read the figure {str(path)!r}: {error}"
-        raise StorageError(msg) from error
-
-
-def _embedded(name: str, image: bytes, suffix: str) -> _Figure:
-    # As an image, not inline: the identifiers of several SVGs would collide, and scripts in a
-    # figure that came from elsewhere stay dead.
-    source = f"data:{_TYPES[suffix]};base64,{base64.b64encode(image).decode('ascii')}"
-    title, caption = _CAPTIONS.get(name, (name, ""))
-    return _Figure(title, caption, source)
 
 
 # --- words and numbers ---------------------------------------------------------------------------
@@ -428,7 +330,7 @@ def _scalars(analysis: Analysis) -> Iterator[_Scalar]:
             )
 
 
-def _block_table(blocks: BlockTraces | None) -> _Table | None:
+def _block_table(blocks: BlockTraces | None) -> Table | None:
     """The traces of layers, their errors, and what of the first eigenvectors lies in them."""
     if blocks is None:
         return None
@@ -451,7 +353,7 @@ def _block_table(blocks: BlockTraces | None) -> _Table | None:
         "eigenvector lies there. run.json lists every module."
     )
     heads = [*head, *(f"λ = {blocks.eigenvalues[i]:.4g}" for i in shown)]
-    return _Table(f"Trace by {blocks.grouping}", caption, heads, rows)
+    return Table(f"Trace by {blocks.grouping}", caption, heads, rows)
 
 
 def _failures(analysis: Analysis) -> Iterator[str]:
@@ -487,13 +389,3 @@ def _costs(analysis: Analysis) -> list[tuple[str, str, str]]:
     ]
     total = sum(analysis.seconds.values())
     return [*rows, ("total", f"{analysis.total_matvecs:,}", f"{total:.2f}")]
-
-
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested provenance as rows of a table."""
-    for name, value in values.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            yield from _flattened(value, f"{path} · ")
-        else:
-            yield path, str(value)
