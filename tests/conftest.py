@@ -1,6 +1,7 @@
 """What every test shares: one thread, seeded generators, repeatable hypothesis."""
 
 import random
+import signal
 import tempfile
 
 import numpy as np
@@ -12,6 +13,10 @@ from spectra.objective import places
 
 # pytest-xdist runs one worker per core, and PyTorch would start as many threads in each of them.
 torch.set_num_threads(1)
+
+# In the background of a shell Ctrl-C is ignored: a test that sends it to itself would wait forever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
