@@ -21,6 +21,7 @@ __all__ = [
     "in_words",
     "memory_ran_out",
     "peak_bytes",
+    "return_freed_memory",
 ]
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -76,7 +77,7 @@ def held_bytes(device: torch.device) -> int:
     """Bytes that this process holds now: PyTorch's on a GPU, resident ones on the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    _return_freed_memory()
+    return_freed_memory(device)
     lines = _lines(Path("/proc/self/statm"))
     if lines:
         return int(lines[0].split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -189,8 +190,13 @@ def in_words(size: float) -> str:
     return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
 
 
-def _return_freed_memory() -> None:
-    """Let the system have what was freed: the C library keeps it, and it would pass for held."""
+def return_freed_memory(device: torch.device) -> None:
+    """Let the system have what was freed on the CPU: the C library keeps it, and it counts as held.
+
+    What is freed in pieces and kept is not fit for the next use, so the process grows.
+    """
+    if device.type == "cuda":
+        return
     # Other C libraries than glibc have no such function.
     with contextlib.suppress(AttributeError, OSError):
         _c_library().malloc_trim(0)

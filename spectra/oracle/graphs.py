@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spectra.errors import ArgumentError, ArgumentTypeError
-from spectra.objective.memory import free_bytes, held_bytes, peak_bytes
+from spectra.objective.memory import free_bytes, held_bytes, peak_bytes, return_freed_memory
 from spectra.objective.objective import Objective, Part
 from spectra.oracle.compiled import CompiledProduct
 
@@ -115,6 +115,9 @@ class Graphs:
             else:
                 if room is not None:
                     room.start_one()
+                elif self.memory_budget is not None:
+                    # Else later passes take up to a quarter more than the first one showed.
+                    return_freed_memory(self._objective.space.device)
                 graph = build(part)
                 # Undecided until it is seen what the work on it takes.
                 keep = place in self._fitting if decided else self.policy != "fresh"
