@@ -47,8 +47,8 @@ SETTINGS = (
     Setting("Adam, 0.001", lambda p: Adam(p, lr=1e-3), 10_000, preconditioned=True),
     Setting("Adam, 0.002", lambda p: Adam(p, lr=2e-3), 10_000, preconditioned=True),
 )
-# Chosen after the first seven had been run: thresholds that the sharpness gets to before the network
-# has learnt all there is.
+# Chosen after the first seven had been run: thresholds that the sharpness gets to before the
+# network has learnt all there is.
 SECOND = (
     Setting("gradient descent, 0.6", lambda p: SGD(p, lr=0.6), 8_000),
     Setting("momentum 0.5, 0.6", lambda p: SGD(p, lr=0.6, momentum=0.5), 8_000),
