@@ -14,6 +14,7 @@ __all__ = [
     "ArgumentTypeError",
     "CheckpointError",
     "DataError",
+    "DistributedError",
     "DoubleBackwardError",
     "LossError",
     "NonFiniteError",
@@ -53,6 +54,10 @@ class ParameterSelectionError(ArgumentError):
 
 class DataError(SpectraError, ValueError):
     """The data are empty, used up, or changed between two passes."""
+
+
+class DistributedError(SpectraError, RuntimeError):
+    """Another process of the group failed, has ended, or computes something else."""
 
 
 class LossError(SpectraError, ValueError):

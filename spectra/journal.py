@@ -36,6 +36,7 @@ __all__ = [
     "Journal",
     "Snapshots",
     "Stopped",
+    "check_numbers",
     "clock",
     "condensed",
     "current",
@@ -174,7 +175,7 @@ class Journal:
                 self._append({"kind": _WITNESS}, pair)
             if not self._muted:
                 host = products.detach().cpu().contiguous()
-                self._append({"kind": "product", "input": _check_numbers(rows)}, [host])
+                self._append({"kind": "product", "input": check_numbers(rows)}, [host])
             return products
         record = self._take("product")
         self.owner.matvecs += len(rows)
@@ -516,7 +517,7 @@ def _signals_to(note: Callable[[str], None]) -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _check_numbers(rows: Tensor) -> list[float]:
+def check_numbers(rows: Tensor) -> list[float]:
     """Norm and sum, which tell another vector apart."""
     flat = rows.reshape(-1)
     total = square = 0.0
@@ -528,7 +529,7 @@ def _check_numbers(rows: Tensor) -> list[float]:
 
 
 def _check_input(path: Path, known: Any, rows: Tensor) -> None:
-    found = _check_numbers(rows)
+    found = check_numbers(rows)
     # The sum of numbers that cancel is as uncertain as their length is large.
     room = torch.finfo(rows.dtype).eps ** 0.5 * (found[0] or 1.0) * math.sqrt(rows.shape[-1])
     if not np.allclose(found, known, rtol=0, atol=room):

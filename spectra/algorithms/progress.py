@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 __all__ = ["progress_bar"]
@@ -14,8 +15,11 @@ def progress_bar(
 ) -> tqdm[Any]:
     """A bar that counts matvecs, or what else `unit` says.
 
-    `show`: True, False, or None for «if stderr is a terminal».
+    `show`: True, False, or None for «if stderr is a terminal»; of several processes that run
+    together, the first one's.
     """
+    if show is None and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        show = False
     return tqdm(
         total=total,
         desc=name,

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from spectra.distributed.collectives import Ranks
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.journal import Journal, Stopped
 from spectra.objective.identity import digest_of
@@ -33,10 +34,14 @@ def resumable(question: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(question)
     def asked(*args: P.args, **options: P.kwargs) -> R:
-        if options.get("checkpoint") is None:
+        ranks = _ranks_of(args[0] if args else options.get("H"))
+        if options.get("checkpoint") is None and ranks is None:
             return question(*args, **options)
         bound = signature.bind(*args, **options)
         bound.apply_defaults()
+        if ranks is not None:
+            _agree(question.__name__, ranks, bound.arguments)
+            return question(*args, **options)
         path = _path(bound.arguments["checkpoint"])
         operator = bound.arguments["H"] = as_operator(bound.arguments["H"])
         bound.arguments["checkpoint"] = None
@@ -47,6 +52,28 @@ def resumable(question: Callable[P, R]) -> Callable[P, R]:
         return result if not journal.notes else _with_notes(result, journal.notes)
 
     return asked
+
+
+def _ranks_of(H: Any) -> Ranks | None:
+    """The processes that ask a question together."""
+    return H.space.ranks if isinstance(H, SymmetricOperator) else None
+
+
+def _agree(question: str, ranks: Ranks, arguments: dict[str, Any]) -> None:
+    """Ask all ranks whether they begin the same question with the same options."""
+    if arguments["checkpoint"] is not None:
+        msg = (
+            "checkpoint= does not work yet for data that are spread over several processes "
+            "(process_group); leave it out"
+        )
+        raise ArgumentError(msg)
+    told = {
+        f"the option {name}": text if len(text := _in_words(value)) < 40 else digest_of(text)
+        for name, value in arguments.items()
+        if name != "H" and name not in _WITHOUT_EFFECT
+    }
+    number = float(int(digest_of(told)[:12], 16))
+    ranks.together(question, [number], lambda: (None, ()), lambda: told)
 
 
 def _answered(journal: Journal, question: Callable[[], R]) -> R:

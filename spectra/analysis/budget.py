@@ -108,7 +108,8 @@ class Ledger:
         if parts:
             spent = sum(self.seconds[name] for name in parts)
             self._seconds_per_product = spent / sum(self.matvecs[name] for name in parts)
-        return int(seconds / max(self._seconds_per_product, 1e-9))
+        allowed = seconds / max(self._seconds_per_product, 1e-9)
+        return int(self._operator.space.agreed(allowed))
 
     def seconds_for(self, count: int) -> str:
         """How long so many products take, in words, where the budget is a time."""

@@ -181,9 +181,9 @@ def parameters(
 
 def _without_path(operator: HessianOperator, names: list[str]) -> list[str]:
     """Those of some parameters to which no path leads back from the loss of the first batch."""
-    reached = {id(getattr(node, "variable", None)) for node in operator.operations()}
-    tensors = zip(operator.space.names, operator.objective.parameters, strict=True)
-    return [name for name, tensor in tensors if name in names and id(tensor) not in reached]
+    reached = {operation.parameter for operation in operator.operations()}
+    places = enumerate(operator.space.names)
+    return [name for place, name in places if name in names and place not in reached]
 
 
 def _depends(operator: HessianOperator, names: list[str], value: float) -> bool:
@@ -205,7 +205,8 @@ def _depends(operator: HessianOperator, names: list[str], value: float) -> bool:
 
 def _kinks(operator: HessianOperator) -> list[str]:
     """Operations of the loss whose derivative jumps somewhere, and modules that are one."""
-    found = {node.name() for node in operator.operations() if node.name().startswith(_KINKS)}
+    names = {operation.name for operation in operator.operations()}
+    found = {name for name in names if name.startswith(_KINKS)}
     model = operator.objective.model
     # Of blocks that are recomputed the graph does not tell.
     kinds = {type(module).__name__ for module in model.modules()} if model is not None else set()
@@ -223,11 +224,11 @@ def _suspects(operator: HessianOperator) -> list[str]:
 
 
 def _custom_functions(operator: HessianOperator) -> Iterator[str]:
-    for node in operator.operations():
-        kind = getattr(node, "_forward_cls", None)
-        if kind is not None and not kind.__module__.startswith(("spectra.", "torch.")):
-            yield f"the custom function {kind.__name__}"
-        elif node.name().startswith(_BCE):
+    for operation in operator.operations():
+        own = operation.module.startswith(("spectra.", "torch."))
+        if operation.function is not None and not own:
+            yield f"the custom function {operation.function}"
+        elif operation.name.startswith(_BCE):
             yield "binary_cross_entropy (use binary_cross_entropy_with_logits)"
 
 

@@ -35,6 +35,7 @@ _PRODUCTS = {
     "spectral_density(H, deflate=pairs)": (10, 60, 60),
     "analyze(H)": (10, 97, 280),
 }
+_SPREAD = "not compared: the data are spread over several processes"
 _LINEARISED = (
     "not compared: products are of the linearised model, whose gradient elsewhere is not that of "
     "the loss; check the HessianOperator of the same loss for wrong derivatives"
@@ -302,7 +303,9 @@ def _of_a_hessian(first: _FirstGradient, products: _FourProducts) -> tuple[list[
     # Of what differs from call to call nothing else can be told.
     if repeated.level in {"warning", "error"}:
         return found, spent
-    if (operator.describe().get("batches") or 1) > 1:
+    if space.ranks is not None:
+        found.append(Finding("batch order", "note", _SPREAD))
+    elif (operator.describe().get("batches") or 1) > 1:
         found.append(_batch_order(operator, anew, large))
         spent += 1
     del anew

@@ -150,6 +150,10 @@ class Objective(Protocol):
         """What must be the same for a run to be resumed, as text by name; reads all the data."""
         ...
 
+    def settings(self) -> dict[str, str]:
+        """What has to be the same on all ranks whatever their data, by name."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Where the objective comes from, for the provenance of results."""
         ...
@@ -255,6 +259,13 @@ class FunctionObjective:
             "other tensors digest": digest(*self._watched),
         }
 
+    def settings(self) -> dict[str, str]:
+        """Digests of the tensors, and the function's name."""
+        return {
+            "the function": self._name,
+            **{f"the numbers of tensor {i}": digest(t) for i, t in enumerate(self.stored)},
+        }
+
     def describe(self) -> dict[str, Any]:
         """The function's name."""
         return {"objective": "function", "function": self._name}
@@ -278,6 +289,7 @@ class ModelObjective:
         dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
         linearised: bool = False,
+        may_be_empty: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             msg = (
@@ -303,6 +315,7 @@ class ModelObjective:
                 msg = f"microbatch={microbatch}; expected a number of samples of at least 1"
                 raise ArgumentError(msg)
         self.model: nn.Module = model
+        self.may_be_empty = may_be_empty
         self.reduction = _reduction(reduction, loss)
         self._loss = loss
         self._loss_name = getattr(loss, "__qualname__", repr(loss))
@@ -354,7 +367,7 @@ class ModelObjective:
                     # One fixed seed for each part: dropout draws the same mask in every product.
                     seed_generators(self.space.device, (index, place))
                     yield Part(name, piece, weight)
-        if count == 0:
+        if count == 0 and not self.may_be_empty:
             known = self._num_batches
             again = "" if known is None else f" in this pass, {known} before"
             msg = (
@@ -483,6 +496,19 @@ class ModelObjective:
             "microbatch": self.microbatch,
             "compute_dtype": str(self._compute_dtype),
             "linearised": self._linearised,
+        }
+
+    def settings(self) -> dict[str, str]:
+        """Digests of every parameter and buffer, and the options, without the data."""
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {
+            "the model": f"{type(self.model).__name__}, digest {architecture(self.model)}",
+            "the parameters that are analysed": ", ".join(self.space.names),
+            **{f"the numbers of {name!r}": digest(tensor) for name, tensor in tensors},
+            "the loss": self._loss_name,
+            "reduction": self.reduction,
+            "compute_dtype": str(self._compute_dtype),
+            "linearised": str(self._linearised),
         }
 
     def describe(self) -> dict[str, Any]:

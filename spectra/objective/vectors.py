@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectra.distributed.collectives import Ranks
 from spectra.errors import StorageError
 from spectra.journal import remember
 from spectra.objective import places
@@ -50,6 +51,12 @@ class VectorSpace:
         self.n = n
         self.dtype = dtype
         self.device = torch.device(device)
+        self.ranks: Ranks | None = None
+        """The processes that compute with the same vectors, each on its share of the data."""
+
+    def agreed(self, number: float) -> float:
+        """What can be different on every rank, such as a time: the smallest of all."""
+        return number if self.ranks is None else self.ranks.least(number)
 
     @property
     def eps(self) -> float:
@@ -72,7 +79,7 @@ class VectorSpace:
                 free = places.free_disk_bytes()
             else:
                 free = free_bytes(self.device if place == "device" else torch.device("cpu"))
-            return free // 2 // max(1, self.vector_bytes)
+            return int(self.agreed(free // 2 // max(1, self.vector_bytes)))
 
         return remember(f"room on {place}", found)
 

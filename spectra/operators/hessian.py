@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from spectra.distributed.collectives import ranks_of
 from spectra.errors import ArgumentTypeError, NonFiniteError, SpectraError
 from spectra.objective.batches import reiterable
 from spectra.objective.objective import FunctionObjective, ModelObjective, Objective
@@ -17,7 +19,7 @@ from spectra.objective.parameters import By, ParameterSpace, Selection, grouped,
 from spectra.operators.base import SymmetricOperator
 from spectra.operators.block_diagonal import BlockDiagonalOperator
 from spectra.oracle.graphs import GraphPolicy
-from spectra.oracle.hvp import BlockRequest, HvpOracle
+from spectra.oracle.hvp import BlockRequest, HvpOracle, Operation
 from spectra.oracle.segments import Recompute
 
 __all__ = ["HessianOperator"]
@@ -91,6 +93,11 @@ class HessianOperator(SymmetricOperator):
     dtype
         Of the vectors: torch.float32 or torch.float64. The default is float64 if a selected
         parameter is float64, else float32.
+    process_group
+        A group of torch.distributed, or True for all processes: every process passes its share of
+        the batches as `data` (it may be empty) and makes the same calls, and gets the same answers,
+        of all data together. Batches count by their terms, whichever process they are on; one sum
+        over the processes per product. DistributedDataParallel is taken off the model.
 
     Raises
     ------
@@ -102,6 +109,9 @@ class HessianOperator(SymmetricOperator):
         The data can be read only once.
     DoubleBackwardError
         A module's second derivative is known to be wrong.
+    DistributedError
+        With `process_group`, by any call: another process has failed or ended, or has other
+        weights, options or seeds.
 
     References
     ----------
@@ -109,6 +119,8 @@ class HessianOperator(SymmetricOperator):
     """
 
     space: ParameterSpace
+    # The class that was taken off the model.
+    _unwrapped: str | None = None
     # Whether the model is linearised, which makes the Hessian the Gauss-Newton matrix.
     _linearised = False
 
@@ -131,7 +143,11 @@ class HessianOperator(SymmetricOperator):
         hold_data: bool = False,
         allow_training_mode: bool = False,
         dtype: torch.dtype | None = None,
+        process_group: dist.ProcessGroup | bool | None = None,
     ) -> None:
+        ranks = ranks_of(process_group)
+        model, wrapped = (model, None) if ranks is None else _without_wrapper(model)
+
         def restricted_to(
             selection: Selection, computing_in: torch.dtype | None = None
         ) -> Objective:
@@ -148,6 +164,7 @@ class HessianOperator(SymmetricOperator):
                 dtype=computing_in or dtype,
                 compute_dtype=computing_in or compute_dtype,
                 linearised=linearised,
+                may_be_empty=ranks is not None,
             )
 
         # Not through self: a function that holds the operator that holds it is a cycle.
@@ -160,7 +177,9 @@ class HessianOperator(SymmetricOperator):
             "compute_dtype": compute_dtype,
             "tf32": tf32,
             "compile": compile,
+            "ranks": ranks,
         }
+        self._unwrapped = wrapped
         self._set_up(restricted_to(params), restricted_to, options)
 
     @classmethod
@@ -215,6 +234,7 @@ class HessianOperator(SymmetricOperator):
         options: dict[str, Any],
     ) -> None:
         self.objective = objective
+        objective.space.ranks = options.get("ranks")
         self._oracle = HvpOracle(objective, **options)
         self._restricted_to = restricted_to
         self._options = options
@@ -272,6 +292,7 @@ class HessianOperator(SymmetricOperator):
         kept = {names[0] for names, _ in chosen}
         operator = type(self).__new__(type(self))
         objective = self._restricted_to(lambda name, _: name in kept)
+        operator._unwrapped = self._unwrapped
         operator._set_up(objective, self._restricted_to, self._options)
         return operator
 
@@ -331,8 +352,8 @@ class HessianOperator(SymmetricOperator):
         operator._set_up(objective, restricted_to, {**self._options, "compute_dtype": dtype})
         return operator
 
-    def operations(self) -> list[Any]:
-        """What the loss of the first batch is made of, as nodes of autograd's graph."""
+    def operations(self) -> list[Operation]:
+        """What the loss of the first batch is made of."""
         return self._oracle.operations()
 
     def quadratic_forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -380,12 +401,25 @@ class HessianOperator(SymmetricOperator):
 
     def describe(self) -> dict[str, Any]:
         """What the operator is, for the provenance of results."""
+        objective = self.objective.describe()
+        notes = [*objective.get("notes", ())]
+        if self._unwrapped is not None:
+            notes.append(f"computed on the module inside of {self._unwrapped}")
         return {
             **super().describe(),
-            **self.objective.describe(),
+            **objective,
             **self._oracle.describe(),
             "parameters": len(self.space.names),
+            **({"notes": notes} if notes else {}),
         }
+
+    def collective_calls(self) -> tuple[int, int]:
+        """Calls of torch.distributed so far, and the bytes that this process handed over in them.
+
+        Both are zero without `process_group`.
+        """
+        ranks = self.space.ranks
+        return (0, 0) if ranks is None else (ranks.calls, ranks.bytes)
 
     def _products(self, rows: Tensor) -> Tensor:
         return self._oracle.products(rows)
@@ -401,3 +435,10 @@ class HessianOperator(SymmetricOperator):
             "loss and gradient are finite, so the second derivative is singular here (sqrt or norm "
             "at 0, a power below 2) or overflows in half precision; use float64 or smooth the loss"
         )
+
+
+def _without_wrapper(model: nn.Module) -> tuple[nn.Module, str | None]:
+    """The module inside of DistributedDataParallel, which sums first derivatives only."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module, type(model).__name__
+    return model, None

@@ -86,8 +86,9 @@ def refuse_bad_modules(model: nn.Module | None) -> None:
             msg = (
                 f"{'the model' if not name else f'module {name!r}'} is a DistributedDataParallel "
                 f"over {module.process_group.size()} processes, whose second derivatives are not "
-                "averaged: products would be those of this process's data alone. Pass its "
-                ".module, and all of the data"
+                "averaged: products would be those of this process's data alone. Pass "
+                "process_group=True, where every process has its share of the data; or its .module "
+                "and all of the data"
             )
             raise DoubleBackwardError(msg)
         if not isinstance(module, nn.Embedding):

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.errors import ArgumentError, LossError, SpectraError
+from spectra.distributed.collectives import Ranks
+from spectra.errors import ArgumentError, DataError, LossError, SpectraError
+from spectra.journal import check_numbers
 from spectra.objective.memory import memory_ran_out
 from spectra.objective.nodes import graph_nodes
 from spectra.objective.objective import Objective, Part
@@ -29,13 +31,13 @@ from spectra.oracle import diagnose
 from spectra.oracle.attention import Attention
 from spectra.oracle.compiled import Compiler
 from spectra.oracle.graphs import GradientGraph, GraphPolicy, Graphs
-from spectra.oracle.passes import Tally, Values
+from spectra.oracle.passes import Fingerprint, Tally, Values
 from spectra.oracle.planning import Plan, PlanChangedError
 from spectra.oracle.precision import autocast_off, full_float32
 from spectra.oracle.recompute import UnsuitableSegmentError
 from spectra.oracle.segments import Recompute
 
-__all__ = ["BlockRequest", "HvpOracle"]
+__all__ = ["BlockRequest", "HvpOracle", "Operation"]
 
 T = TypeVar("T")
 
@@ -65,6 +67,9 @@ class HvpOracle:
         In which the model computes whatever its parameters are stored in, see `casting.py`.
     tf32
         Leave the precision of float32 products as the program has set it, see `precision.py`.
+    ranks
+        The processes whose shares of the data are one objective together. Every call is then one
+        on all of them, and returns the same on all.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class HvpOracle:
         recompute: Recompute = "auto",
         compute_dtype: torch.dtype | None = None,
         tf32: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         if compile and graph == "fresh":
             msg = "compile=True compiles products on kept graphs, but graph='fresh' keeps none"
@@ -92,12 +98,14 @@ class HvpOracle:
         self._values = Values(objective)
         # Of the objective, as it was found before the pass.
         self._state: Any = None
+        self._ranks = ranks
+        self._weights = Fingerprint(objective)
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L and its gradient, flat (n,): from kept graphs, or in a pass of ordinary gradients."""
-        return self._in_the_memory_there_is(self._value_and_gradient)
+        return self._finished_gradient("value and gradient", None, self._value_and_gradient)
 
-    def _value_and_gradient(self) -> tuple[float, Tensor]:
+    def _value_and_gradient(self) -> _Sums:
         with self._evaluating():
             kept = self._graphs.all_kept()
             if kept is not None:
@@ -113,16 +121,23 @@ class HvpOracle:
         Kept graphs are neither used nor dropped.
         """
 
-        def evaluate() -> tuple[float, Tensor]:
+        def evaluate() -> _Sums:
             with self._evaluating(displacement, compared=False):
                 return self._summed(
                     self._gradient_graph(part, create_graph=False)
                     for part in self.objective.parts()
                 )
 
-        return self._in_the_memory_there_is(evaluate)
+        return self._finished_gradient("gradient beside the weights", displacement, evaluate)
 
-    def _summed(self, graphs: Iterable[GradientGraph]) -> tuple[float, Tensor]:
+    def _finished_gradient(
+        self, what: str, given: Tensor | None, compute: Callable[[], _Sums]
+    ) -> tuple[float, Tensor]:
+        sums, tally = self._on_all_ranks(what, given, lambda: self._in_the_memory_there_is(compute))
+        normaliser = self._finish(sums, tally)
+        return tally.value / normaliser, sums.outs[0]
+
+    def _summed(self, graphs: Iterable[GradientGraph]) -> _Sums:
         space = self.objective.space
         tally = Tally()
         # In here: a tensor made under inference_mode could not be changed outside of it.
@@ -131,18 +146,21 @@ class HvpOracle:
         for graph in graphs:
             sum_.add(graph.gradients, graph.part.weight)
             tally.add(graph.part, graph.value, depends=graph.depends)
-        normaliser = self._normaliser(tally)
-        sum_.divide(normaliser)
-        return tally.value / normaliser, gradient
+        return _Sums(tally, [gradient], [sum_])
 
     def value(self, displacement: Tensor | None = None) -> float:
         """L alone, without any derivative, at θ or beside it."""
-        tally = Tally()
-        with self._evaluating(displacement, compared=displacement is None), torch.no_grad():
-            for part in self.objective.parts():
-                # On what it depends only a derivative shows.
-                tally.add(part, float(self.objective.loss(part)), depends=True)
-            return tally.value / self._normaliser(tally)
+
+        def evaluate() -> _Sums:
+            tally = Tally()
+            with self._evaluating(displacement, compared=displacement is None), torch.no_grad():
+                for part in self.objective.parts():
+                    # On what it depends only a derivative shows.
+                    tally.add(part, float(self.objective.loss(part)), depends=True)
+            return _Sums(tally, [], [])
+
+        _, tally = self._on_all_ranks("value", displacement, evaluate)
+        return tally.value / self._normaliser(tally)
 
     def products(self, vectors: Tensor) -> Tensor:
         """H times each row of `vectors` (k, n), as rows (k, n).
@@ -157,7 +175,14 @@ class HvpOracle:
         DoubleBackwardError
             An operation has no second derivative, or a wrong one; the message names the module.
         """
-        return self._in_the_memory_there_is(lambda: self._multiplied(vectors))
+        sums, tally = self._on_all_ranks(
+            "product",
+            vectors,
+            lambda: self._in_the_memory_there_is(lambda: self._multiplied(vectors)),
+        )
+        self._checked = True
+        self._finish(sums, tally)
+        return sums.outs[0]
 
     def _in_the_memory_there_is(self, compute: Callable[[], T]) -> T:
         """The result of a pass, in ever cheaper settings until it does not run out of memory."""
@@ -191,7 +216,50 @@ class HvpOracle:
         self._graphs.release()
         return True
 
-    def _multiplied(self, vectors: Tensor) -> Tensor:
+    def _on_all_ranks(
+        self, what: str, given: Tensor | None, compute: Callable[[], _Sums]
+    ) -> tuple[_Sums, Tally]:
+        """The sums over this rank's data, and what the parts of all ranks add up to."""
+        if self._ranks is None:
+            sums = compute()
+            return sums, sums.tally
+
+        def counted() -> tuple[_Sums, list[float]]:
+            sums = compute()
+            return sums, sums.tally.numbers()
+
+        sums, rows = self._together(what, given, counted)
+        return sums, Tally.total(rows)
+
+    def _together(
+        self, what: str, given: Tensor | None, compute: Callable[[], tuple[T, Sequence[float]]]
+    ) -> tuple[T, list[list[float]]]:
+        """As `Ranks.together`, where weights and vectors have to be the same on all ranks."""
+        assert self._ranks is not None
+        vectors = [0.0, 0.0] if given is None else check_numbers(given)
+        return self._ranks.together(
+            what,
+            [self._weights.number(), *vectors],
+            compute,
+            lambda: {
+                **self._weights.explain(),
+                "the vectors (options or seed)": " ".join(map(repr, vectors)),
+            },
+        )
+
+    def _finish(self, sums: _Sums, tally: Tally) -> float:
+        """Turn sums over the data of this rank into means over that of all; their normaliser."""
+        normaliser = self._normaliser(tally)
+        if self._ranks is not None:
+            for sum_ in sums.sums:
+                sum_.weigh()
+            for out in sums.outs:
+                self._ranks.add(out)
+        for sum_ in sums.sums:
+            sum_.divide(normaliser)
+        return normaliser
+
+    def _multiplied(self, vectors: Tensor) -> _Sums:
         space = self.objective.space
         directions = [space.views(row) for row in vectors]
         tally = Tally()
@@ -205,11 +273,7 @@ class HvpOracle:
                     products = self._second_derivative(graph, direction, keep_graph=keep)
                     sum_.add(products, graph.part.weight)
                 tally.add(graph.part, graph.value, depends=graph.depends)
-            normaliser = self._normaliser(tally)
-        self._checked = True
-        for sum_ in sums:
-            sum_.divide(normaliser)
-        return out
+        return _Sums(tally, [out], sums)
 
     def block_products(self, requests: Sequence[BlockRequest]) -> list[Tensor]:
         """Products of principal blocks, each with its own vectors, in one pass over the data.
@@ -227,9 +291,20 @@ class HvpOracle:
         LossError, NonFiniteError, DoubleBackwardError
             As `products` does.
         """
-        return self._in_the_memory_there_is(lambda: self._multiplied_by_blocks(requests))
+        given = None
+        if self._ranks is not None and requests:
+            given = torch.cat([request.rows.reshape(-1) for request in requests])
+        sums, tally = self._on_all_ranks(
+            "products of blocks",
+            given,
+            lambda: self._in_the_memory_there_is(lambda: self._multiplied_by_blocks(requests)),
+        )
+        # Each of them looks at the whole graph, not only at the part of its block.
+        self._checked = self._checked or bool(sums.sums)
+        self._finish(sums, tally)
+        return sums.outs
 
-    def _multiplied_by_blocks(self, requests: Sequence[BlockRequest]) -> list[Tensor]:
+    def _multiplied_by_blocks(self, requests: Sequence[BlockRequest]) -> _Sums:
         tally = Tally()
         with self._pass() as graphs:
             outs = [request.space.empty(len(request.rows)) for request in requests]
@@ -248,12 +323,7 @@ class HvpOracle:
                     terms = self._second_derivative(graph, direction, keep_graph=keep, of=places)
                     sum_.add(terms, graph.part.weight)
                 tally.add(graph.part, graph.value, depends=graph.depends)
-            normaliser = self._normaliser(tally)
-        # Each of them looks at the whole graph, not only at the part of its block.
-        self._checked = self._checked or bool(work)
-        for _, _, sum_ in work:
-            sum_.divide(normaliser)
-        return outs
+        return _Sums(tally, outs, [sum_ for _, _, sum_ in work])
 
     def quadratic_forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """How every part of the data by itself curves along each row of `vectors` (k, n).
@@ -269,9 +339,22 @@ class HvpOracle:
         LossError, NonFiniteError, DoubleBackwardError
             As `products` does.
         """
-        return self._in_the_memory_there_is(lambda: self._forms(vectors))
+        weights, forms = np.zeros(0), np.zeros((0, len(vectors)))
 
-    def _forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        def compute() -> _Sums:
+            nonlocal weights, forms
+            weights, forms, tally = self._in_the_memory_there_is(lambda: self._forms(vectors))
+            return _Sums(tally, [], [])
+
+        _, tally = self._on_all_ranks("quadratic forms", vectors, compute)
+        self._normaliser(tally)
+        self._checked = True
+        if self._ranks is not None:
+            told = self._ranks.told((weights, forms))
+            weights, forms = (np.concatenate(parts) for parts in zip(*told, strict=True))
+        return weights, forms
+
+    def _forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray, Tally]:
         space = self.objective.space
         directions = [space.views(row) for row in vectors]
         weights, forms, tally = [], [], Tally()
@@ -288,9 +371,7 @@ class HvpOracle:
                 weights.append(graph.part.weight)
                 forms.append(row)
                 tally.add(graph.part, graph.value, depends=graph.depends)
-            self._normaliser(tally)
-        self._checked = True
-        return np.array(weights), np.array(forms)
+        return np.array(weights), np.array(forms).reshape(-1, len(vectors)), tally
 
     def release(self, *, forget: bool = True) -> None:
         """Free the kept graphs; the next product builds them again."""
@@ -303,12 +384,21 @@ class HvpOracle:
         described = {**self._graphs.describe(), **self._plan.describe()}
         if self._attention.chunked:
             described["attention"] = "in chunks of queries"
+        if self._ranks is not None:
+            described["ranks"] = self._ranks.size
         if self._compiler is not None:
             described["compiled"] = self._compiler.describe()
         return described
 
     def find_non_finite(self) -> str | None:
         """Label of the first part whose loss or gradient is not finite, if there is one."""
+        if self._ranks is None:
+            return self._find_non_finite()
+        label, _ = self._together("looking", None, lambda: (self._find_non_finite(), ()))
+        found = enumerate(self._ranks.told(label))
+        return next((f"{text} of rank {rank}" for rank, text in found if text), None)
+
+    def _find_non_finite(self) -> str | None:
         with self._evaluating():
             for part in self.objective.parts():
                 loss = self.objective.loss(part)
@@ -317,11 +407,21 @@ class HvpOracle:
                     return part.label
         return None
 
-    def operations(self) -> list[Any]:
-        """The nodes of autograd in the loss of the first part; of a segment it is one node."""
+    def operations(self) -> list[Operation]:
+        """What the loss of the first part is made of; a recomputed segment is one operation."""
+        if self._ranks is None:
+            return self._operations()
+        found, _ = self._together("operations", None, lambda: (self._operations(), ()))
+        # Those of the first rank that has data.
+        return next(filter(None, self._ranks.told(found)), [])
+
+    def _operations(self) -> list[Operation]:
+        places = {id(tensor): i for i, tensor in enumerate(self.objective.parameters)}
         with self._evaluating():
-            part = next(iter(self.objective.parts()))
-            return list(graph_nodes([self._plan.loss(part)]))
+            # Only of a rank without data there is none.
+            part = next(iter(self.objective.parts()), None)
+            nodes = [] if part is None else graph_nodes([self._plan.loss(part)])
+            return [_operation(node, places) for node in nodes]
 
     @contextlib.contextmanager
     def _evaluating(
@@ -366,6 +466,12 @@ class HvpOracle:
 
     def _normaliser(self, tally: Tally) -> float:
         """What the sums of a pass are divided by, once it is clear that they are good."""
+        if tally.parts == 0 and self._ranks is not None:
+            msg = (
+                f"none of the {self._ranks.size} processes holds a batch whose terms count; give "
+                "each its share of the data"
+            )
+            raise DataError(msg)
         normaliser = self.objective.normaliser(tally.weight)
         self._require_dependence(tally.depends)
         if self._state is not None:
@@ -461,6 +567,36 @@ class HvpOracle:
         )
 
 
+@dataclass(frozen=True)
+class Operation:
+    """A node of autograd's graph, as far as it tells what a loss is made of.
+
+    Attributes
+    ----------
+    name
+        Of the node.
+    parameter
+        The place, among those of the objective, of the parameter whose gradient ends there.
+    function, module
+        Names of a `torch.autograd.Function`, and of the module that defines it.
+    """
+
+    name: str
+    parameter: int | None = None
+    function: str | None = None
+    module: str = ""
+
+
+def _operation(node: Any, places: dict[int, int]) -> Operation:
+    function = getattr(node, "_forward_cls", None)
+    return Operation(
+        node.name(),
+        places.get(id(getattr(node, "variable", None))),
+        None if function is None else function.__name__,
+        "" if function is None else function.__module__,
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class BlockRequest:
     """Vectors to be multiplied by a principal block.
@@ -478,6 +614,25 @@ class BlockRequest:
     places: Sequence[int]
     space: ParameterSpace
     rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """What a pass over the data of one rank adds up to, not yet divided by the weights.
+
+    Attributes
+    ----------
+    tally
+        Of the parts.
+    outs
+        What the sums are in, as whole tensors.
+    sums
+        The sums.
+    """
+
+    tally: Tally
+    outs: list[Tensor]
+    sums: list[_WeightedSum]
 
 
 class _TryAgain(Exception):
@@ -514,6 +669,14 @@ class _WeightedSum:
         for view, term in zip(self._views, terms, strict=True):
             if term is not None:
                 view.add_(term.detach().to(view.device), alpha=weight)
+
+    def weigh(self) -> None:
+        """Apply the weight of a single term too, and be zero without any."""
+        if self._empty:
+            self._flat.zero_()
+        elif self._only is not None:
+            self._flat.mul_(self._only)
+        self._empty, self._only = False, None
 
     def divide(self, normaliser: float) -> None:
         if self._only is None:

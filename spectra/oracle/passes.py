@@ -7,14 +7,16 @@ carries something from one call to the next: each makes every product one of ano
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from spectra.errors import DataError
+from spectra.objective.identity import digest_of
 from spectra.objective.objective import Objective, Part
 
-__all__ = ["Tally", "Values"]
+__all__ = ["Fingerprint", "Tally", "Values"]
 
 # In units of rounding, by which sums over batches in another order may differ; but not less than
 # single precision inside of a model in double would make of it, nor more than any loss would.
@@ -32,18 +34,62 @@ class Tally:
         Σ w_b ℓ_b and Σ w_b |ℓ_b|.
     depends
         Whether the loss of any part depends on the parameters.
+    parts
+        How many there were.
     """
 
     def __init__(self) -> None:
+        self.parts = 0
         self.weight = self.value = self.size = 0.0
         self.depends = False
 
     def add(self, part: Part, loss: float, *, depends: bool) -> None:
         """Count one more part."""
+        self.parts += 1
         self.weight += part.weight
         self.value += part.weight * loss
         self.size += part.weight * abs(loss)
         self.depends = self.depends or depends
+
+    def numbers(self) -> list[float]:
+        """All of it, to be handed to other ranks."""
+        return [self.weight, self.value, self.size, float(self.depends), self.parts]
+
+    @classmethod
+    def total(cls, rows: Sequence[Sequence[float]]) -> Tally:
+        """Of all ranks together, added in the same order on each of them."""
+        tally = cls()
+        for weight, value, size, depends, parts in rows:
+            tally.parts += int(parts)
+            tally.weight += weight
+            tally.value += value
+            tally.size += size
+            tally.depends = tally.depends or bool(depends)
+        return tally
+
+
+class Fingerprint:
+    """What has to be the same on all ranks, as one number: weights, buffers, and what is analysed.
+
+    It is computed again only where something has changed.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._state: Any = None
+        self._number = 0.0
+
+    def number(self) -> float:
+        """48 bits of a digest."""
+        state = self._objective.state()
+        if self._state != state:
+            self._state = state
+            self._number = float(int(digest_of(self.explain())[:12], 16))
+        return self._number
+
+    def explain(self) -> dict[str, str]:
+        """What goes into it, by name."""
+        return self._objective.settings()
 
 
 class Values:

@@ -1,0 +1,1 @@
+"""One Hessian over several processes: the engine is torch.distributed."""

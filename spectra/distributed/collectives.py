@@ -1,0 +1,202 @@
+"""How do processes that each hold a share of the data act as one?
+
+Every pass over the data is one on all of them: they exchange a few numbers, and sum what they
+computed. By the numbers each of them sees at the same place whether one has failed, asks another
+question, or holds other weights: all of them then end, instead of waiting for one another.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spectra.errors import ArgumentError, ArgumentTypeError, DistributedError
+
+__all__ = ["NUMBERS", "Ranks", "ranks_of"]
+
+T = TypeVar("T")
+
+NUMBERS = 5
+"""How many numbers a pass hands to the others."""
+_FAILED, _FINE = 1.0, 0.0
+
+
+class Ranks:
+    """The processes of a group, as seen from one of them.
+
+    Attributes
+    ----------
+    rank, size
+        Of this process, from 0 on; and how many there are.
+    calls, bytes
+        Collective calls so far, and what this process handed over in them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank: int = dist.get_rank(group)
+        self.size: int = dist.get_world_size(group)
+        self.calls = self.bytes = 0
+        nccl = "nccl" in str(dist.get_backend(group))
+        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
+
+    def add(self, tensor: Tensor) -> None:
+        """The sum over all ranks of a tensor, in place: the same on all of them to the last bit."""
+        self._count(tensor)
+        self._reached(lambda: dist.all_reduce(tensor, group=self._group))
+
+    def gathered(self, numbers: Sequence[float]) -> list[list[float]]:
+        """A few numbers of every rank, in order of the ranks."""
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        self._count(mine)
+        self._reached(lambda: dist.all_gather(rows, mine, group=self._group))
+        return [row.tolist() for row in rows]
+
+    def told(self, value: T) -> list[T]:
+        """A small object of every rank, in order of the ranks."""
+        values: list[Any] = [None] * self.size
+        self.calls += 1
+        self._reached(lambda: dist.all_gather_object(values, value, group=self._group))
+        return values
+
+    def least(self, number: float) -> float:
+        """The smallest of what the ranks say: what all of them can afford."""
+        return min(row[0] for row in self.gathered([number]))
+
+    def together(
+        self,
+        what: str,
+        given: Sequence[float],
+        compute: Callable[[], tuple[T, Sequence[float]]],
+        explain: Callable[[], dict[str, str]],
+    ) -> tuple[T, list[list[float]]]:
+        """Compute on every rank; what fails on one fails on all.
+
+        Parameters
+        ----------
+        what
+            Which computation, for people; the same on all ranks.
+        given
+            Numbers that it starts from, which have to be the same on all ranks.
+        compute
+            This rank's share, and at most `NUMBERS` numbers for the others. It calls nothing here.
+        explain
+            What `given` was made from, by name, to find out what differs.
+
+        Returns
+        -------
+        tuple
+            This rank's share, and the numbers of all ranks.
+
+        Raises
+        ------
+        DistributedError
+            Another rank failed, has ended, or is at another computation.
+        """
+        numbers: Sequence[float] = ()
+        failure: BaseException | None = None
+        try:
+            value, numbers = compute()
+        except BaseException as error:
+            failure = error
+        padded = [*numbers, *[0.0] * (NUMBERS - len(numbers))]
+        begun = [float(zlib.crc32(what.encode())), *given]
+        status = _FINE if failure is None else _FAILED
+        try:
+            rows = self.gathered([status, *begun, *padded])
+        except DistributedError:
+            if failure is not None:
+                raise failure from None
+            raise
+        if any(row[0] == _FAILED for row in rows):
+            self._fail(failure)
+        first = rows[0][1 : 1 + len(begun)]
+        if any(not _equal(row[1 : 1 + len(begun)], first) for row in rows):
+            self._disagree(what, explain())
+        return value, [row[1 + len(begun) :] for row in rows]
+
+    def _fail(self, failure: BaseException | None) -> None:
+        told = self.told(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        rank, text = next((i, text) for i, text in enumerate(told) if text is not None)
+        msg = f"rank {rank} of {self.size} failed, and rank {self.rank} ends with it: {text}"
+        raise DistributedError(msg)
+
+    def _disagree(self, what: str, mine: dict[str, str]) -> None:
+        told = self.told({"question": what, **mine})
+        for rank, other in enumerate(told):
+            for name in {**told[0], **other}:
+                ours, theirs = told[0].get(name), other.get(name)
+                if ours != theirs:
+                    short = all(len(str(text)) <= 60 for text in (ours, theirs))
+                    how = f" ({ours} on rank 0, {theirs} on rank {rank})" if short else ""
+                    msg = (
+                        f"rank {rank} differs from rank 0 in: {name}{how}. All ranks have to make "
+                        "the same calls, with the same weights, options and seeds, each with its "
+                        "share of the data"
+                    )
+                    raise DistributedError(msg)
+        msg = (
+            f"the ranks differ in what they compute ({what}), though not in anything that can be "
+            "named: look for options or seeds that depend on the rank"
+        )
+        raise DistributedError(msg)
+
+    def _count(self, tensor: Tensor) -> None:
+        self.calls += 1
+        self.bytes += tensor.numel() * tensor.element_size()
+
+    def _reached(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except RuntimeError as error:
+            words = " ".join(str(error).split())[:200]
+            msg = (
+                f"rank {self.rank} of {self.size} could not reach the others: one of them has "
+                f"ended, or did not answer in time ({words})"
+            )
+            raise DistributedError(msg) from error
+
+
+def ranks_of(process_group: Any) -> Ranks | None:
+    """The processes that a group consists of; None without a group.
+
+    Raises
+    ------
+    ArgumentError
+        There is no group, or this process is not in it.
+    ArgumentTypeError
+        It is no group.
+    """
+    if process_group is None or process_group is False:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
+        msg = (
+            "process_group is given, but torch.distributed is not initialised: call "
+            "torch.distributed.init_process_group() first, and run the program with torchrun"
+        )
+        raise ArgumentError(msg)
+    group = dist.group.WORLD if process_group is True else process_group
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        msg = "this process is not in process_group; make the operator only where it is"
+        raise ArgumentError(msg)
+    if not isinstance(group, dist.ProcessGroup):
+        msg = (
+            f"process_group is a {type(process_group).__name__}; expected True, or what "
+            "torch.distributed.new_group() returns"
+        )
+        raise ArgumentTypeError(msg)
+    return Ranks(group)
+
+
+def _equal(one: Sequence[float], other: Sequence[float]) -> bool:
+    """The same numbers, nan like nan."""
+    return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(one, other, strict=True))

@@ -1,0 +1,302 @@
+"""What each of several processes computes in the tests: `python -m tests.distributed.cases`.
+
+    CASE RANK SIZE FOLDER
+
+The processes find one another through a file in FOLDER, and leave there what they found.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import spectra
+from tests.cases.checkpoints import SIZES
+from tests.cases.networks import TinyGPT, tanh_mlp
+
+__all__ = ["PROBLEMS", "problem", "run", "shares"]
+
+CASES: dict[str, Callable[[int, int], Any]] = {}
+# How long one rank waits for another.
+TIMEOUT = datetime.timedelta(seconds=40)
+
+
+# --- problems ------------------------------------------------------------------------------------
+
+
+def mlp(dtype: torch.dtype) -> tuple[nn.Module, Any, list[Any]]:
+    """Batches of different sizes."""
+    generator = torch.Generator().manual_seed(1)
+    data = [
+        (
+            torch.randn(size, 6, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randint(3, (size,), generator=generator),
+        )
+        for size in (4, 9, 1, 6, 5, 2)
+    ]
+    return tanh_mlp(dtype=dtype), spectra.losses.supervised(nn.CrossEntropyLoss()), data
+
+
+def sequences(vocabulary: int) -> list[dict[str, Tensor]]:
+    """Token batches with padding: their weights are not their sizes."""
+    generator = torch.Generator().manual_seed(2)
+    batches = []
+    for count, lengths in ((2, (7, 3)), (3, (5, 5, 2)), (1, (4,)), (2, (6, 6))):
+        ids = torch.randint(1, vocabulary, (count, 7), generator=generator)
+        mask = torch.stack([(torch.arange(7) < n).long() for n in lengths])
+        batches.append({"input_ids": ids * mask, "attention_mask": mask})
+    return batches
+
+
+def gpt(dtype: torch.dtype) -> tuple[nn.Module, Any, list[Any]]:
+    """Head and embedding are one parameter."""
+    return TinyGPT().to(dtype), spectra.losses.causal_lm(), sequences(7)
+
+
+def llama(dtype: torch.dtype) -> tuple[nn.Module, Any, list[Any]]:
+    """A language model of transformers'."""
+    import transformers
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).to(dtype)
+    return model, spectra.losses.causal_lm(), sequences(SIZES["vocab_size"])
+
+
+PROBLEMS = {"mlp": mlp, "gpt": gpt, "llama": llama}
+
+
+def problem(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any, list[Any]]:
+    """A model with the same weights in every process, a loss, and all of the data."""
+    torch.manual_seed(0)
+    model, loss, data = PROBLEMS[name](dtype)
+    return model.eval(), loss, data
+
+
+def shares(data: list[Any], size: int) -> list[list[Any]]:
+    """Unequal ones; the second of three or more ranks has none."""
+    if size == 2:
+        return [data[:1], data[1:]]
+    with_data = [rank for rank in range(size) if rank != 1]
+    owner = [with_data[i % len(with_data)] for i in range(len(data))]
+    return [[b for b, own in zip(data, owner, strict=True) if own == rank] for rank in range(size)]
+
+
+def spread(name: str, rank: int, size: int, dtype: torch.dtype = torch.float64) -> Any:
+    """The operator of one rank."""
+    model, loss, data = problem(name, dtype)
+    return spectra.HessianOperator(model, loss, shares(data, size)[rank], process_group=True)
+
+
+def directions(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Two vectors, the same everywhere."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(n, 2, generator=generator, dtype=torch.float64).to(dtype)
+
+
+# --- cases ---------------------------------------------------------------------------------------
+
+
+def case(function: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
+    """By its name on the command line."""
+    CASES[function.__name__] = function
+    return function
+
+
+@case
+def products(rank: int, size: int) -> Any:
+    """Of every problem in both precisions, with value, gradient, and what it cost to agree."""
+    found = {}
+    for name in PROBLEMS:
+        for dtype in (torch.float64, torch.float32):
+            H = spread(name, rank, size, dtype)
+            V = directions(H.space.n, dtype)
+            answer = {"products": H.apply(V), "value": H.value(), "gradient": H.gradient()}
+            before = H.collective_calls()
+            H.apply(V[:, 0].contiguous())
+            calls = [b - a for a, b in zip(before, H.collective_calls(), strict=True)]
+            found[f"{name} {dtype}"] = {**answer, "calls": calls, "n": H.space.n}
+    return found
+
+
+@case
+def answers(rank: int, size: int) -> Any:
+    """Every question of the MLP."""
+    return asked(spread("mlp", rank, size))
+
+
+def asked(H: Any) -> dict[str, Any]:
+    """What an operator answers, as numbers."""
+    ask = {"progress": False, "seed": 3}
+    pairs = spectra.eigsh(H, 4, which="BE", tol=1e-8, **ask)
+    trace = spectra.trace(H, rtol=0.1, deflate=pairs, **ask)
+    density = spectra.spectral_density(H, steps=12, probes=3, **ask)
+    analysis = spectra.analyze(H, 3, steps=10, rtol=0.2, preflight="strict", **ask)
+    blocks = spectra.block_spectra(H, k=1, **ask)
+    coupling = spectra.block_coupling(H, **ask)
+    weights, forms = H.quadratic_forms(directions(H.space.n))
+    order = np.argsort(weights)
+    return {
+        "eigenvalues": pairs.values,
+        "eigenvectors": np.abs(np.asarray(pairs.vectors)),
+        "trace": np.array([trace.value, trace.standard_error]),
+        "nodes of the density": density.nodes,
+        "analysis": np.array([analysis.trace.value, analysis.frobenius_norm.value]),
+        "values of blocks": np.stack([b.values for b in blocks.eigenpairs.values()]),
+        "coupling": coupling.samples,
+        "weights": weights[order],
+        "forms": forms[order],
+        "matvecs": np.array([pairs.matvecs, trace.matvecs, density.matvecs]),
+    }
+
+
+@case
+def wrapped(rank: int, size: int) -> Any:
+    """DistributedDataParallel comes off, and is refused where the processes are not together."""
+    model, loss, data = problem("mlp")
+    parallel = nn.parallel.DistributedDataParallel(model)
+    mine = shares(data, size)[rank]
+    H = spectra.HessianOperator(parallel, loss, mine, process_group=dist.group.WORLD)
+    try:
+        spectra.HessianOperator(parallel, loss, mine)
+        refused = ""
+    except spectra.errors.DoubleBackwardError as error:
+        refused = str(error)
+    return {
+        "products": H.apply(directions(H.space.n)),
+        "notes": H.describe()["notes"],
+        "block notes": H.block("0.*").describe()["notes"],
+        "refused": refused,
+    }
+
+
+def failing(rank: int, size: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls that one rank does otherwise than the others, each after the one before has ended."""
+    last = size - 1
+    model, loss, data = problem("mlp")
+    mine = shares(data, size)[rank]
+
+    def operator(**options: Any) -> Any:
+        return spectra.HessianOperator(model, loss, mine, process_group=True, **options)
+
+    def raising(model: nn.Module, batch: Any) -> Tensor:
+        if rank == last:
+            msg = "out of luck"
+            raise ValueError(msg)
+        return loss(model, batch)
+
+    H = operator()
+    v = directions(H.space.n)[:, 0].contiguous()
+    raising.reduction = "mean"
+    bad = spectra.HessianOperator(model, raising, mine, process_group=True)
+    yield "an exception", lambda: bad.apply(v)
+    yield "other options", lambda: spectra.eigsh(H, 2 + (rank == last), progress=False)
+    yield "another seed", lambda: spectra.trace(H, seed=rank, progress=False)
+    yield "another question", lambda: H.gradient() if rank == last else H.apply(v)
+    yield "another vector", lambda: H.apply(v * (1 + (rank == last)))
+    other = spectra.HessianOperator(
+        model, loss, mine, "0.*" if rank == last else None, process_group=True
+    )
+    yield "other parameters", other.value
+    yield "a checkpoint", lambda: spectra.eigsh(H, 1, checkpoint="run.chk", progress=False)
+    # No data on any rank.
+    empty = spectra.HessianOperator(model, loss, [], process_group=True)
+    yield "no data at all", lambda: empty.apply(v)
+    with torch.no_grad():
+        model[0].bias += rank == last
+    yield "other weights", lambda: H.apply(v)
+
+
+@case
+def failures(rank: int, size: int) -> Any:
+    """What every rank says of each, and that they can go on together afterwards."""
+    found = {}
+    for name, call in failing(rank, size):
+        with pytest.raises(spectra.SpectraError) as caught:
+            call()
+        found[name] = f"{type(caught.value).__name__}: {caught.value}"
+    # Still in step.
+    H = spread("mlp", rank, size)
+    return {**found, "then": H.value()}
+
+
+@case
+def killed(rank: int, size: int) -> Any:
+    """One process is gone in the middle of a question."""
+    H = spread("mlp", rank, size)
+    compute = H._products
+    count = 0
+
+    def counted(rows: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        if rank == 1 and count == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(rows)
+
+    H._products = counted
+    began = time.monotonic()
+    try:
+        spectra.eigsh(H, 3, progress=False)
+    except spectra.errors.DistributedError as error:
+        return {"said": str(error), "seconds": time.monotonic() - began}
+    return {"said": "nothing", "seconds": 0.0}
+
+
+# --- running them --------------------------------------------------------------------------------
+
+
+def run(name: str, size: int, folder: Path, *, lost: tuple[int, ...] = ()) -> list[Any]:
+    """What each of `size` processes returned; None for those that are to be lost."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", __name__, name, str(rank), str(size), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for rank in range(size)
+    ]
+    try:
+        said = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for rank, process in enumerate(processes):
+        assert rank in lost or process.returncode == 0, said[rank]
+    return [
+        None if rank in lost else torch.load(folder / f"{rank}.pt", weights_only=False)
+        for rank in range(size)
+    ]
+
+
+def main() -> None:
+    """One of the processes."""
+    name, rank, size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=size, timeout=TIMEOUT
+    )
+    torch.save(CASES[name](rank, size), folder / f"{rank}.pt")
+    if name != "killed":
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
