@@ -33,6 +33,7 @@ from spectra.analysis.comparison import Comparison, compare
 from spectra.analysis.preflight import check
 from spectra.analysis.track import track
 from spectra.analysis.trajectory import Measurement, Trajectory
+from spectra.distributed.launch import EveryNth, launched, processes
 from spectra.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -84,6 +85,9 @@ returns a spectra.HessianOperator, or (model, loss, data) as HessianOperator tak
 The directory --out receives run.json (every number with its error), the result itself
 (analysis.json, analysis.safetensors: spectra.load reads it), figures, and report.html. Until it is
 finished it also holds a checkpoint; a run that was ended, by whatever, goes on with --resume.
+
+`torchrun --nproc-per-node 4 -m spectra analyze ...` does the same in four processes, each on every
+fourth batch. Such runs keep no checkpoint.
 """
 _TRACK = """\
 Measures the curvature at weights that a training saved, one CHECKPOINT after the other, in the
@@ -139,6 +143,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         With status 2 for arguments that cannot be parsed, 0 after `--help` and `--version`.
     """
     arguments = _parser().parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        arguments.rank = 0
+        try:
+            if processes() > 1:
+                _check_shared(arguments)
+                arguments.rank = stack.enter_context(launched())
+        except ArgumentError as error:
+            first = os.environ.get("RANK", "0") == "0"
+            return _fail(error, _USAGE) if first else _USAGE
+        if arguments.rank:
+            # The first process speaks for all of them.
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        return _main(arguments)
+
+
+def _check_shared(arguments: argparse.Namespace) -> None:
+    """Refuse what several processes cannot do together."""
+    if arguments.prepare not in {_analyze, _check}:
+        msg = (
+            "only `analyze` and `check` run in several processes; start the others without torchrun"
+        )
+        raise ArgumentError(msg)
+    if getattr(arguments, "resume", False):
+        msg = "--resume does not work yet in several processes: their runs keep no checkpoint"
+        raise ArgumentError(msg)
+
+
+def _main(arguments: argparse.Namespace) -> int:
     for stream in (sys.stdout, sys.stderr):
         # Where the encoding has no ‖ or ±, a ? is better than an error at the end of a long run.
         if hasattr(stream, "reconfigure"):
@@ -204,7 +238,10 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
     _check_kind(arguments)
     if arguments.resume and _is_finished(arguments.out):
         return functools.partial(_say_finished, arguments)
-    checkpoint = _checkpoint(arguments)
+    # The files are the first process's.
+    checkpoint = None if arguments.rank else _checkpoint(arguments)
+    if processes() > 1:
+        checkpoint = None
     say = _silent if arguments.json else _say
     operator, title, source, _ = _asked_about(arguments, say)
     n = operator.space.n
@@ -238,6 +275,7 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
         say=say,
         as_json=arguments.json,
         checkpoint=checkpoint,
+        writes=arguments.rank == 0,
     )
 
 
@@ -509,6 +547,7 @@ def _run(
     say: Callable[[str], None],
     as_json: bool = False,
     checkpoint: Path | None = None,
+    writes: bool = True,
 ) -> int:
     """Analyse, write the run directory, and say what came out."""
     space = operator.space
@@ -518,6 +557,8 @@ def _run(
         say(f"Going on from what {checkpoint} holds\n")
     with _stdout_to_stderr(as_json), _telling_how_to_resume(checkpoint):
         analysis = analyze(operator, checkpoint=checkpoint, **options)
+    if not writes:
+        return _CONVERGED if analysis.converged else _NOT_CONVERGED
     # Before anything is drawn: a figure that fails costs no result.
     summary = storage.write_run(analysis, out, title=title, source=source, overwrite=overwrite)
     say(f"{analysis}\n")
@@ -620,7 +661,10 @@ def _from_text(arguments: argparse.Namespace, say: Callable[[str], None]) -> _As
             f"{terms:,} tokens of {arguments.text} are predicted, in {source['sequences']} "
             "sequences\n"
         )
-    operator = HessianOperator(model, loss, data, arguments.params, **_means(arguments))
+    data, group = _share(data, arguments)
+    operator = HessianOperator(
+        model, loss, data, arguments.params, process_group=group, **_means(arguments)
+    )
     return _Asked(operator, f"{arguments.hf.resolve().name} on {arguments.text.name}", source)
 
 
@@ -668,8 +712,15 @@ def _from_target(arguments: argparse.Namespace) -> _Asked:
         msg = f"{target} returned {what}, expected a HessianOperator or (model, loss, data)"
         raise TargetError(msg)
     model, loss, data = made
-    operator = HessianOperator(model, loss, data, params, **_means(arguments))
+    data, group = _share(data, arguments)
+    operator = HessianOperator(model, loss, data, params, process_group=group, **_means(arguments))
     return _Asked(operator, target, source, optimizer)
+
+
+def _share(data: Any, arguments: argparse.Namespace) -> tuple[Any, bool]:
+    """The batches of this process, and whether there are others."""
+    size = processes()
+    return (data, False) if size == 1 else (EveryNth(data, arguments.rank, size), True)
 
 
 def _means(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,83 @@
+"""`torchrun … -m spectra`, as people start it: one directory, the numbers of one process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from spectra.cli import main
+
+TARGET = """
+import os
+from tests.distributed import cases
+
+
+def target():
+    return cases.problem("mlp")
+
+
+def broken():
+    if os.environ.get("RANK") == "1":
+        raise ValueError("not here")
+    return target()
+"""
+
+
+def torchrun(place, *arguments):
+    """Two processes on this machine."""
+    program = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    return subprocess.run(
+        [*program, "-m", "spectra", *arguments],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(["", *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "target.py").write_text(TARGET)
+    return tmp_path
+
+
+OPTIONS = ("--top", "3", "--steps", "10", "--rtol", "0.2", "--seed", "1", "--out")
+
+
+def test_two_processes_write_one_run_with_the_numbers_of_one(place, monkeypatch, capsys):
+    done = torchrun(place, "analyze", "target.py:target", *OPTIONS, "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Wrote two") == 1
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(place))
+    assert main(["analyze", "target.py:target", *OPTIONS, "one"]) == 0
+    capsys.readouterr()
+    two, one = (json.loads((place / name / "run.json").read_text()) for name in ("two", "one"))
+    assert two["operator"]["ranks"] == 2
+    np.testing.assert_allclose(two["eigenpairs"]["values"], one["eigenpairs"]["values"], rtol=1e-9)
+    for name in ("loss", "gradient_norm"):
+        assert two[name] == pytest.approx(one[name], rel=1e-12)
+    for name in ("trace", "frobenius_norm"):
+        assert two[name]["value"] == pytest.approx(one[name]["value"], rel=1e-9)
+    assert not (place / "two" / "checkpoint").exists()
+
+
+def test_one_process_that_fails_ends_both_with_its_words(place):
+    done = torchrun(place, "analyze", "target.py:broken", *OPTIONS, "run")
+    assert done.returncode != 0
+    assert not (place / "run").exists()
+    refused = torchrun(place, "track", "target.py:target", "w.pt", "--out", "run")
+    assert refused.returncode != 0
+    assert refused.stderr.count("spectra: error: only `analyze` and `check` run in several") == 1
