@@ -122,6 +122,12 @@ class Result:
         axes: Axes = plots.plot(self, ax=ax, **options)
         return axes
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the text of `print`, and the figures."""
+        notebook = importlib.import_module("spectra.report.notebook")
+        html: str = notebook.html_of(self)
+        return html
+
 
 def stage_result(result: Result, path: str | Path) -> Staged:
     """Bring a result to the disk beside the one that it is to replace.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -130,6 +131,13 @@ class Comparison:
         lines += [f"other setting: {text}" for text in self.settings]
         lines += [f"note: {text}" for text in self.notes]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the text of `print`, and both drawn together."""
+        # By name: figures stand above, and matplotlib loads slowly.
+        notebook = importlib.import_module("spectra.report.notebook")
+        html: str = notebook.html_of(self)
+        return html
 
 
 def compare(

@@ -6,6 +6,7 @@ border between NumPy and torch is in this file and nowhere else.
 
 from __future__ import annotations
 
+import importlib
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -176,6 +177,13 @@ class SymmetricOperator(LinearOperator):
         if isinstance(other, numbers.Real):
             return SumOperator([(1.0 / float(other), self)])
         return super().__truediv__(other)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table of `describe()`."""
+        # By name: pages stand above operators.
+        notebook = importlib.import_module("spectra.report.notebook")
+        html: str = notebook.html_of_operator(self)
+        return html
 
     def __repr__(self) -> str:
         n = self.space.n

@@ -22,6 +22,7 @@ __all__ = [
     "Draw",
     "Illustration",
     "Table",
+    "filled",
     "flattened",
     "illustrated",
     "write_figures",
@@ -79,8 +80,7 @@ def write_page(path: str | Path, template: str, **content: Any) -> Path:
     StorageError
         It cannot be written.
     """
-    path = Path(path)
-    page = _TEMPLATES.get_template(template).render(**content)
+    path, page = Path(path), filled(template, **content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, page.encode("utf-8"))
@@ -88,6 +88,11 @@ def write_page(path: str | Path, template: str, **content: Any) -> Path:
         msg = f"could not write the report to {str(path)!r}: {error}"
         raise StorageError(msg) from error
     return path
+
+
+def filled(template: str, **content: Any) -> str:
+    """A template with its content, none of which becomes markup."""
+    return _TEMPLATES.get_template(template).render(**content)
 
 
 def write_figures(draw: Draw, directory: str | Path, formats: Sequence[str]) -> dict[str, Path]:

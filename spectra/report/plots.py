@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FIGURE_SIZE",
+    "drawable",
     "plot",
     "plot_block_spectra",
     "plot_blocks",
@@ -124,6 +125,13 @@ def plot(result: Result, ax: Axes | None = None, **options: Any) -> Axes:
         msg = f"there is no figure for a {type(result).__name__}; expected one of {kinds}"
         raise ArgumentTypeError(msg)
     return draw(result, ax, **options)
+
+
+def drawable(result: Result) -> bool:
+    """Whether there is a figure for this kind of result, and this one holds what it shows."""
+    if isinstance(result, Estimate):
+        return len(result.samples) > 1
+    return type(result) in _DRAW
 
 
 def plot_eigenpairs(pairs: Eigenpairs, ax: Axes | None = None) -> Axes:

@@ -31,7 +31,7 @@ from spectra.report.pages import (
 )
 from spectra.report.trajectory_page import of_trajectory
 
-__all__ = ["save_figures", "write_report"]
+__all__ = ["of_analysis", "save_figures", "write_report"]
 
 _CAPTIONS = {
     "eigenvalues": (
@@ -113,7 +113,7 @@ def save_figures(
     if isinstance(result, Comparison):
         return write_figures(of_comparison(result), directory, formats)
     _check_analysis(result)
-    return write_figures(_of_analysis(result), directory, formats)
+    return write_figures(of_analysis(result), directory, formats)
 
 
 def write_report(
@@ -158,7 +158,7 @@ def write_report(
         summary=_summary(analysis),
         failures=list(_failures(analysis)),
         notes=list(_notes(analysis)),
-        figures=illustrated(_of_analysis(analysis), _CAPTIONS, figures),
+        figures=illustrated(of_analysis(analysis), _CAPTIONS, figures),
         pairs=_pair_rows(analysis.eigenpairs),
         certificate=_certificate(analysis.eigenpairs),
         scalars=list(_scalars(analysis)),
@@ -179,7 +179,8 @@ def _check_analysis(analysis: Any) -> None:
 # --- figures -------------------------------------------------------------------------------------
 
 
-def _of_analysis(analysis: Analysis) -> Draw:
+def of_analysis(analysis: Analysis) -> Draw:
+    """What its figures are drawn with, in the order of the page."""
     draw: dict[str, Callable[[Axes], Axes]] = {"eigenvalues": analysis.eigenpairs.plot}
     if (density := analysis.density) is not None:
         draw["density"] = density.plot
