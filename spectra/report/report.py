@@ -205,14 +205,41 @@ def _heading(analysis: Analysis) -> str:
 
 def _summary(analysis: Analysis) -> str:
     pairs = analysis.eigenpairs
-    parts = [_extremes(pairs)]
+    parts = [_extremes(pairs), *_outliers(pairs)]
     if analysis.trace is not None:
         parts.append(f"trace {_estimated(analysis.trace)}")
+    parts += _negative(analysis)
     parts.append(f"{int(pairs.converged.sum())} of {len(pairs)} eigenpairs converged")
     seconds = sum(analysis.seconds.values())
     parts.append(f"cost {_counted(analysis.total_matvecs, 'product')} in {seconds:.1f} s")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def _outliers(pairs: Eigenpairs) -> Iterator[str]:
+    """How many eigenvalues stand out, where it is known that there are no others."""
+    edge = pairs.no_eigenvalue_above
+    count = 0 if edge is None else int((pairs.values > edge).sum())
+    if edge is not None and count:
+        noun = "eigenvalue stands" if count == 1 else "eigenvalues stand"
+        probability = f"{100 * pairs.certificate_confidence:g}% probability"
+        yield f"{count} {noun} above {edge:.3g}, beyond which there is no other ({probability})"
+
+
+def _negative(analysis: Analysis) -> Iterator[str]:
+    """What share of the eigenvalues is negative, further from zero than can be resolved."""
+    count = analysis.sums.get("negative eigenvalues")
+    if count is None or analysis.density is None:
+        return
+    n, limit = analysis.density.n, analysis.density.resolution_at_zero
+    level = count.confidence if count.bounds is None else count.bounds_confidence
+    value, low, high = (
+        100 * max(0.0, min(1.0, end / n)) for end in (count.value, *_interval(count))
+    )
+    yield (
+        f"{value:.2g} % of all eigenvalues are below {-limit:.2g} "
+        f"({100 * level:g}% interval {low:.2g} to {high:.2g} %)"
+    )
 
 
 def _extremes(pairs: Eigenpairs) -> str:

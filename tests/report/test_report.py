@@ -142,9 +142,20 @@ def test_the_table_of_layers_is_left_out_where_there_are_none(doubtful, tmp_path
 
 def test_the_summary_is_a_sentence_with_errors(analysis, page):
     value, residual = analysis.eigenpairs.values[0], analysis.eigenpairs.residuals[0]
-    assert f"Largest eigenvalue {value:.6g} (residual {residual:.1g}); trace " in page.text
+    assert f"Largest eigenvalue {value:.6g} (residual {residual:.1g}); " in page.text
+    assert "; trace " in page.text
     assert "6 of 6 eigenpairs converged" in page.text
     assert f"cost {analysis.total_matvecs} products in " in page.text
+
+
+def test_the_summary_counts_outliers_and_negative_eigenvalues(tmp_path):
+    values = s1(500)
+    text = written(spectra.analyze(Diagonal(values), 10, steps=30, progress=False), tmp_path).text
+    count, edge = re.search(r"; (\d+) eigenvalues stand above ([\d.]+), beyond", text).groups()
+    assert int(count) == (values > float(edge)).sum() == 10
+    found = re.search(r"are below (\S+) \(95% interval (\S+) to (\S+) %\)", text)
+    limit, low, high = map(float, found.groups())
+    assert low <= 100 * (values < limit).mean() <= high
 
 
 @pytest.mark.parametrize(
