@@ -44,6 +44,7 @@ __all__ = [
     "ended",
     "remember",
     "seal",
+    "stopped",
     "unless_stopped",
 ]
 
@@ -470,6 +471,12 @@ def ended() -> bool:
     """The run that is under way is at its end, though not at that of its question."""
     journal = _current.get()
     return journal is not None and journal.sealed
+
+
+def stopped() -> bool:
+    """The run that is under way was asked to stop, and what follows is no part of it."""
+    journal = _current.get()
+    return journal is not None and journal.sealed and journal.signal is not None
 
 
 def unless_stopped(make: Callable[[], T]) -> T | None:

@@ -96,8 +96,8 @@ def test_a_table_a_figure_and_a_result_come_out(track):
     trajectory = spectra.load("out/trajectory")
     assert [m.step for m in trajectory] == [0, 4, 8]
     assert all(len(m.eigenvalues) == 2 and m.trace_converged for m in trajectory)
-    # Adam's, from its saved options: 2 (1 + β₁) / ((1 − β₁) lr).
-    assert trajectory[0].threshold == pytest.approx(2 * 1.9 / 0.1 / 0.05)
+    # Adam's, from its saved options: 2 (1 + β₁) / ((1 − β₁) lr), after one step.
+    assert trajectory[0].threshold == pytest.approx(2 * 1.9 / 0.1 / 0.05 * 0.1)
     assert sorted(path.name for path in Path("out").iterdir()) == [
         *(
             "trajectory.html",

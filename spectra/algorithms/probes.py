@@ -29,6 +29,7 @@ from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.journal import Stopped, current, remember
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator
+from spectra.operators.transforms import refuse_scaled
 
 __all__ = [
     "MIN_PROBES",
@@ -116,6 +117,7 @@ class Deflation:
         if not all(hasattr(pairs, name) for name in ("values", "vectors", "residuals")):
             msg = f"deflate takes the Eigenpairs that eigsh returned, got a {type(pairs).__name__}"
             raise ArgumentTypeError(msg)
+        refuse_scaled(pairs, operator)
         vectors, space = pairs.vectors, operator.space
         # Transposed first: the columns of Eigenpairs are rows in memory, and nothing is copied.
         rows = vectors.T if isinstance(vectors, Tensor) else operator.from_numpy(vectors.T)

@@ -21,6 +21,7 @@ from spectra.errors import ArgumentError, ArgumentTypeError, LossError, NonFinit
 from spectra.journal import remember, unless_stopped
 from spectra.operators.base import as_operator
 from spectra.operators.hessian import HessianOperator
+from spectra.operators.transforms import refuse_scaled
 from spectra.results import Result, versions
 
 __all__ = ["Landscape", "landscape"]
@@ -262,6 +263,7 @@ def _rows(
     n = operator.space.n
     values = None
     if isinstance(directions, Eigenpairs):
+        refuse_scaled(directions, operator)
         values, directions = directions.values, directions.vectors
     directions = _real_numbers(directions)
     columns = directions.unsqueeze(1) if directions.dim() == 1 else directions

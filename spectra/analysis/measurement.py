@@ -19,11 +19,11 @@ from spectra.algorithms.resuming import resumable
 from spectra.algorithms.trace import trace
 from spectra.analysis.trajectory import Measurement
 from spectra.errors import ArgumentError, ArgumentTypeError
-from spectra.journal import Stopped
+from spectra.journal import Stopped, stopped
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.operators.hessian import HessianOperator
-from spectra.operators.optimizers import stability_threshold
+from spectra.operators.optimizers import has_metric, stability_threshold
 from spectra.operators.transforms import preconditioned
 from spectra.results import Result, versions
 
@@ -178,7 +178,7 @@ def _measured(
     options: dict[str, Any] = {"tol": tol, "certify": certify, "seed": seed}
     if "preconditioned" in record:
         assert optimizer is not None
-        if optimizer.state or not stability_threshold(optimizer).preconditioned:
+        if has_metric(optimizer):
             rescaled = preconditioned(operator, optimizer)
             found |= _sharpness(rescaled, "preconditioned", spent, notes, options)
         else:
@@ -250,8 +250,8 @@ def _start(
 
 
 def _go_on(result: Result) -> None:
-    """Where the run was asked to stop, it ends here."""
-    if result.partial:
+    """Where the run was asked to stop, it ends here: a trace of fewer probes is none."""
+    if result.partial or stopped():
         raise Stopped
 
 

@@ -24,6 +24,7 @@ from spectra.objective.batches import reiterable
 from spectra.objective.keeping import gradients_on, random_state_kept
 from spectra.objective.parameters import Selection
 from spectra.operators.hessian import HessianOperator
+from spectra.operators.optimizers import acts_on
 from spectra.oracle.precision import autocast_off
 from spectra.results import load
 
@@ -154,6 +155,12 @@ class CurvatureMonitor:
         self._optimizer = optimizer
         self._due = _schedule(every, steps)
         check_record(record, optimizer)
+        if optimizer is not None and not acts_on(optimizer, self._model.parameters()):
+            msg = (
+                f"the {type(optimizer).__name__} moves no parameter of the "
+                f"{type(self._model).__name__}; pass the optimiser that trains this model"
+            )
+            raise ArgumentError(msg)
         # Operators can be called, too: that is a product.
         if isinstance(operator, LinearOperator) or not callable(operator):
             msg = (

@@ -181,8 +181,9 @@ class _Run:
             msg = (
                 f"measurement {place + 1} at {str(self._path)!r} is that of {before['name']!r} "
                 f"(step {before['step']}), and now it would be that of {path.name!r} (step {step})"
-                f"{'' if before['digest'] == found else ', whose weights are others'}; add "
-                "weights of later steps only, or name another path, to begin anew"
+                f"{'' if before['digest'] == found else ', whose weights are others'}. List the "
+                "weights that were measured before those that were added, which have to be of "
+                "later steps; or name another path, to begin anew"
             )
             raise CheckpointError(msg)
         self._append(self._known[place])
@@ -296,8 +297,16 @@ def _in_order(
         raise ArgumentError(msg)
     steps = [saved.step for saved in found]
     known = [step for step in steps if step is not None]
+    epochs = [saved for saved in found if saved.step_from == "epoch"]
+    if len(set(known)) == len(found) and len(epochs) in {0, len(found)}:
+        notes = ("steps are the epochs that were saved with the weights",) if epochs else ()
+        return sorted(zip(found, known, strict=True), key=lambda pair: pair[1]), notes
     if len(set(known)) == len(found):
-        return sorted(zip(found, known, strict=True), key=lambda pair: pair[1]), ()
+        note = (
+            "steps are places in the list: of some weights the step is known, of others the epoch, "
+            f"such as {epochs[0].path.name!r}"
+        )
+        return [(saved, place) for place, saved in enumerate(found)], (note,)
     why = "have no step" if len(known) < len(found) else "have the same step as others"
     odd = next(s for s in found if s.step is None or steps.count(s.step) > 1)
     note = f"steps are places in the list: some weights {why}, such as {odd.path.name!r}"

@@ -54,8 +54,9 @@ class SavedWeights:
         The tensors are those of a PEFT adapter alone.
     optimizer
         The state of the optimiser, as its `state_dict()` gave it; None if it was not saved.
-    step
-        At which it was saved, from what was saved with it or else from its name; None if unknown.
+    step, step_from
+        At which it was saved, and what says so: an entry that was saved with it ("step", "epoch"),
+        or else its "name"; None if unknown.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class SavedWeights:
     adapter: bool = False
     optimizer: dict[str, Any] | None = field(default=None, repr=False)
     step: int | None = None
+    step_from: str | None = None
 
 
 def read_weights(path: str | Path) -> SavedWeights:
@@ -80,7 +82,7 @@ def read_weights(path: str | Path) -> SavedWeights:
         msg = f"no file or directory {str(path)!r} with saved weights"
         raise ArgumentError(msg)
     if path.suffix == ".safetensors":
-        return SavedWeights(path, _safetensors(path), step=_step_in(path.stem))
+        return SavedWeights(path, _safetensors(path), **_dated(None, path.stem))
     if path.suffix not in _PICKLES:
         known = ", ".join(sorted({*_PICKLES, ".safetensors"}))
         msg = (
@@ -89,12 +91,11 @@ def read_weights(path: str | Path) -> SavedWeights:
         )
         raise ArgumentError(msg)
     content = _unpickled(path)
-    step = _step_among(content)
     return SavedWeights(
         path,
         _weights_among(content, path),
         optimizer=_optimizer_among(content),
-        step=_step_in(path.stem) if step is None else step,
+        **_dated(_step_among(content), path.stem),
     )
 
 
@@ -120,7 +121,7 @@ def _read_directory(path: Path) -> SavedWeights:
         tensors,
         adapter=name.startswith("adapter"),
         optimizer=_as_optimizer(_unpickled(state)) if state.is_file() else None,
-        step=trained if type(trained) is int else _step_in(path.resolve().name),
+        **_dated(("step", trained) if type(trained) is int else None, path.resolve().name),
     )
 
 
@@ -167,7 +168,8 @@ def _unpickled(path: Path) -> Any:
         msg = (
             f"cannot read {str(path)!r} without running code from it ({type(error).__name__}: "
             f"{_reason(error)}); save only tensors and plain containers, such as "
-            "model.state_dict()"
+            "model.state_dict(), or, of a file that you trust, allow what it holds by "
+            "torch.serialization.add_safe_globals"
         )
         raise ArgumentError(msg) from error
 
@@ -225,7 +227,15 @@ def _as_optimizer(value: Any) -> dict[str, Any] | None:
     return dict(value) if value["param_groups"] else None
 
 
-def _step_among(content: Any) -> int | None:
+def _dated(saved: tuple[str, int] | None, name: str) -> dict[str, Any]:
+    """The step, and what says so."""
+    if saved is not None:
+        return {"step": saved[1], "step_from": saved[0]}
+    step = _step_in(name)
+    return {"step": step, "step_from": None if step is None else "name"}
+
+
+def _step_among(content: Any) -> tuple[str, int] | None:
     if not isinstance(content, Mapping) or _is_weights(content):
         return None
     for name in _STEPS:
@@ -233,7 +243,7 @@ def _step_among(content: Any) -> int | None:
         if isinstance(step, Tensor) and step.numel() == 1:
             step = step.item()
         if type(step) is int:
-            return step
+            return ("epoch" if name == "epoch" else "step"), step
     return None
 
 

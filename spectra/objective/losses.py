@@ -362,6 +362,11 @@ class Regularised:
                 f"spectra.losses.supervised({type(loss).__name__}())"
             )
             raise ArgumentTypeError(msg)
+        if isinstance(loss, WeightDecay):
+            msg = (
+                "loss is a penalty, a weight_decay; pass the loss first: regularised(loss, penalty)"
+            )
+            raise ArgumentTypeError(msg)
         if getattr(loss, "reduction", "mean") != "mean":
             msg = (
                 f"{loss!r} is a sum over its batch, so that a sum over batches would count the "

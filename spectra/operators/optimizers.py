@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,7 +26,13 @@ from spectra.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from spectra.objective.parameters import ParameterSpace
 from spectra.operators.base import SymmetricOperator
 
-__all__ = ["StabilityThreshold", "preconditioner", "stability_threshold"]
+__all__ = [
+    "StabilityThreshold",
+    "acts_on",
+    "has_metric",
+    "preconditioner",
+    "stability_threshold",
+]
 
 # Options of a group of parameters, and what an optimiser notes of one parameter.
 Group: TypeAlias = Mapping[str, Any]
@@ -139,6 +145,25 @@ def preconditioner(optimizer: Optimizer, operator: SymmetricOperator) -> Tensor:
     return space.flatten(parts)
 
 
+def has_metric(optimizer: Optimizer) -> bool:
+    """Whether there is a preconditioner already: of most classes only after a step.
+
+    Raises
+    ------
+    ArgumentTypeError
+        No optimiser, or one of another class.
+    """
+    optimizer, rule = _known(optimizer)
+    return rule.denominator is None or bool(optimizer.state)
+
+
+def acts_on(optimizer: Optimizer, tensors: Iterable[Tensor]) -> bool:
+    """Whether any of the tensors is among those that the optimiser moves."""
+    optimizer, _ = _known(optimizer)
+    own = {_memory(p) for group in optimizer.param_groups for p in group["params"]}
+    return any(_memory(tensor) in own for tensor in tensors)
+
+
 def stability_threshold(optimizer: Optimizer) -> StabilityThreshold:
     """The largest curvature at which the optimiser's steps do not diverge on a quadratic.
 
@@ -164,7 +189,8 @@ def stability_threshold(optimizer: Optimizer) -> StabilityThreshold:
     -----
     With z an eigenvalue of the step on θ²h/2 (after scaling by P), heavy-ball momentum has
     z² − z(1 + β − ηh) + β = 0, Adam z² − z[(1 − ηλ) + β₁ − η(1 − β₁)h] + β₁(1 − ηλ) = 0; z = −1
-    gives the threshold. P is taken as fixed: it changes slowly beside the oscillation.
+    gives the threshold. P is taken as fixed: it changes slowly beside the oscillation. Adam's bias
+    correction makes its first steps larger, so the threshold after t of them is lower by 1 − β₁ᵗ.
     """
     optimizer, rule = _known(optimizer)
     groups = [group for group in optimizer.param_groups if group["params"]]
@@ -180,7 +206,7 @@ def stability_threshold(optimizer: Optimizer) -> StabilityThreshold:
         most = max(ratios)[0] / largest
         notes.insert(0, f"the smallest of the groups' thresholds, which reach up to {most:.6g}")
     return StabilityThreshold(
-        value=ratio / largest if largest else math.inf,
+        value=_first_step_correction(optimizer, groups) * ratio / largest if largest else math.inf,
         formula=formula,
         optimizer=type(optimizer).__name__,
         preconditioned=rule.denominator is not None or len(rates) > 1,
@@ -273,10 +299,10 @@ def _notes(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Iterator[str]:
         yield "maximize=True: the steps go uphill, and the Hessian to compare with is -H"
     if not any(float(group["lr"]) for group in groups):
         yield "the learning rate is 0: nothing moves"
-    if (correction := _first_step_correction(optimizer, groups)) < _SETTLED:
+    if _first_step_correction(optimizer, groups) < _SETTLED:
         yield (
-            f"in these first steps Adam's are larger than lr says: compare with {correction:.3g} "
-            "times the value"
+            "in these first steps Adam's are larger than lr says, so that the threshold is lower "
+            "than the formula by the factor 1 - beta1^t after t of them"
         )
 
 

@@ -32,9 +32,11 @@ __all__ = [
     "deflated",
     "preconditioned",
     "projected",
+    "refuse_scaled",
     "shifted",
 ]
 
+_PRECONDITIONED = "preconditioned by"
 # Of a basis: how much of a unit column has to be beside the columns before it, in eps.
 _INDEPENDENT = 100
 
@@ -84,6 +86,7 @@ def deflated(H: Any, pairs: Any) -> DeflatedOperator:
         The basis is of another length or dtype, or not orthonormal.
     """
     operator = as_operator(H)
+    refuse_scaled(pairs, operator)
     rows = _basis(operator, getattr(pairs, "vectors", pairs)).T
     basis = operator.space.held(rows)
     if not (defect := operator.space.defect(basis)) <= operator.space.eps**0.5:
@@ -248,7 +251,7 @@ class PreconditionedOperator(_Transform):
 
     def __init__(self, of: SymmetricOperator, diagonal: Tensor, words: str) -> None:
         self.diagonal = diagonal
-        self.words = f"preconditioned by {words}"
+        self.words = f"{_PRECONDITIONED} {words}"
         # In float64, where the square root of the least of single precision is still normal.
         self._scale = diagonal.double().rsqrt().to(diagonal)
         super().__init__(of)
@@ -287,6 +290,12 @@ def _diagonal(operator: SymmetricOperator, given: Any, what: str) -> Tensor:
         if not isinstance(space, ParameterSpace):
             msg = f"{what} is given by name, but the operator has no parameters; pass a vector (n,)"
             raise ArgumentTypeError(msg)
+        if odd := [name for name, value in given.items() if isinstance(value, Mapping | list)]:
+            msg = (
+                f"{what} has an entry {odd[0]!r} of kind {type(given[odd[0]]).__name__}; expected "
+                "a tensor for each parameter, or an optimiser itself, not its state_dict()"
+            )
+            raise ArgumentTypeError(msg)
         flat = space.flatten({name: torch.as_tensor(value) for name, value in given.items()})
     elif isinstance(given, Tensor):
         if given.dtype.is_complex or given.dtype == torch.bool:
@@ -305,6 +314,29 @@ def _diagonal(operator: SymmetricOperator, given: Any, what: str) -> Tensor:
         msg = f"{what} holds nan or inf"
         raise NonFiniteError(msg)
     return flat
+
+
+def refuse_scaled(pairs: Any, operator: SymmetricOperator) -> None:
+    """Eigenpairs of a preconditioned operator are in coordinates of their own.
+
+    Raises
+    ------
+    ArgumentError
+        Where they are taken for vectors of an operator that is not preconditioned in that way.
+    """
+    described = getattr(pairs, "provenance", {}).get("operator") or {}
+    theirs, own = (
+        [words for words in known.get("transforms", ()) if words.startswith(_PRECONDITIONED)]
+        for known in (described, operator.describe())
+    )
+    if theirs != own:
+        msg = (
+            f"the eigenpairs are those of an operator {' and '.join(theirs) or 'as it is'}, whose "
+            f"coordinates are scaled, and this one is {' and '.join(own) or 'not preconditioned'}; "
+            "pass the directions preconditioned(...).to_original(pairs.vectors), or eigenpairs of "
+            "this operator"
+        )
+        raise ArgumentError(msg)
 
 
 def _basis(operator: SymmetricOperator, given: Any) -> Tensor:

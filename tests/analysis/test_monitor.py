@@ -548,3 +548,26 @@ def test_a_live_figure_in_a_notebook_is_drawn_anew_in_its_place():
     assert len(shown[-1].axes) == 1
     steps = shown[-1].axes[0].get_lines()[0].get_xdata()
     assert list(steps) == [0, 1, 2]
+
+
+def test_learning_rates_by_group_give_a_metric_before_any_state():
+    model = network().double()
+    x, y = samples()
+    data = [(x.double(), y)]
+    rates = {name: 0.1 if name.startswith("0") else 0.01 for name, _ in model.named_parameters()}
+    groups = [{"params": [p], "lr": rates[name]} for name, p in model.named_parameters()]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    monitor = spectra.CurvatureMonitor(
+        model, LOSS, data, optimizer, record=("preconditioned",), tol=1e-6
+    )
+    found = monitor.step(0)
+    assert found.threshold_preconditioned
+    H = spectra.HessianOperator(model.eval(), LOSS, data)
+    dense = spectra.preconditioned(H, optimizer).to_dense().numpy()
+    assert found.preconditioned_sharpness == pytest.approx(np.linalg.eigvalsh(dense)[-1], rel=1e-5)
+
+
+def test_an_optimiser_of_another_model_is_refused():
+    other = torch.optim.SGD(network().parameters(), lr=0.1)
+    with pytest.raises(ArgumentError, match="the SGD moves no parameter of the"):
+        spectra.CurvatureMonitor(network(), LOSS, [samples()], other)

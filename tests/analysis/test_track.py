@@ -135,7 +135,8 @@ def test_the_preconditioned_sharpness_takes_the_saved_state_of_the_optimiser(tmp
         assert m.preconditioned_sharpness == pytest.approx(
             top, abs=m.preconditioned_residual + 1e-9
         )
-        assert m.threshold == pytest.approx(2 * 1.8 / (0.2 * 0.01))
+        # After as many steps of Adam.
+        assert m.threshold == pytest.approx(2 * 1.8 / (0.2 * 0.01) * (1 - 0.8**m.step))
     # Its own state is back: there was none.
     assert not optimizer.state
 
@@ -235,6 +236,47 @@ def test_a_run_that_was_ended_goes_on_to_the_same_numbers(event, at, tmp_path):
     assert not again.partial
     # The first product once more, to see that it is the same.
     assert count + spent <= sum(sum(m.matvecs.values()) for m in whole) + 2
+
+
+@pytest.mark.parametrize("at", range(16, 40, 4))
+def test_ctrl_c_in_a_trace_leaves_no_trace_of_fewer_probes(at, tmp_path):
+    files, _ = train(tmp_path)
+    options = {"k": 2, "record": ("trace",)}
+    whole = spectra.track(operator(), files, **options)
+    H, count = operator(), 0
+    compute = H._products
+
+    def products(rows):
+        nonlocal count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return compute(rows)
+
+    H._products = products
+    try:
+        partial = spectra.track(H, files, checkpoint=tmp_path / "run", **options)
+    except KeyboardInterrupt as error:
+        partial = error.partial
+    else:
+        assert partial.partial
+    # What is there is as without the interruption, and so is what follows.
+    assert len(partial) < len(whole)
+    check_equal(partial, tuple(whole)[: len(partial)])
+    check_equal(spectra.track(operator(), files, checkpoint=tmp_path / "run", **options), whole)
+
+
+def test_epochs_are_no_steps(tmp_path):
+    model = problem()[0]
+    for name, entry in (("a", {"epoch": 1}), ("b", {"epoch": 2}), ("c_0010", {})):
+        torch.save({"model": model.state_dict(), **entry}, tmp_path / f"{name}.pt")
+    a, b, c = (tmp_path / f"{name}.pt" for name in ("a", "b", "c_0010"))
+    only = spectra.track(operator(), [b, a], record=())
+    assert [(m.step, m.label) for m in only] == [(1, "a.pt"), (2, "b.pt")]
+    assert "steps are the epochs that were saved" in str(only)
+    mixed = spectra.track(operator(), [c, b], record=())
+    assert [(m.step, m.label) for m in mixed] == [(0, "c_0010.pt"), (1, "b.pt")]
+    assert "of others the epoch, such as 'b.pt'" in str(mixed)
 
 
 def test_the_trajectory_of_another_run_is_not_gone_on_with(tmp_path):

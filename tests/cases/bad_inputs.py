@@ -1262,7 +1262,7 @@ def _() -> Asked:
     MODELS,
     "DistributedDataParallel, two processes",
     errors.DoubleBackwardError,
-    "this process's data alone. Pass its .module",
+    "this process's data alone. Pass process_group=True",
 )
 def _() -> Asked:
     return Asked(lambda: distributed(2, lambda m: HessianOperator(m, LOSS, BATCHES)))

@@ -334,6 +334,29 @@ def test_single_precision_keeps_its_digits():
     assert float(error) < 16 * torch.finfo(torch.float32).eps
 
 
+def test_eigenvectors_in_scaled_coordinates_are_not_taken_for_others(hessian):
+    P = torch.linspace(0.5, 2, hessian.space.n, dtype=torch.float64)
+    scaled = spectra.preconditioned(hessian, P)
+    pairs = spectra.eigsh(scaled, 2, progress=False)
+    for take in (
+        spectra.deflated,
+        spectra.landscape,
+        lambda H, pairs: spectra.trace(H, deflate=pairs, progress=False),
+    ):
+        with pytest.raises(
+            ArgumentError, match=r"by a diagonal, whose.*to_original"
+        ):
+            take(hessian, pairs)
+    own = spectra.eigsh(hessian, 2, progress=False)
+    with pytest.raises(ArgumentError, match="those of an operator as it is, whose"):
+        spectra.deflated(scaled, own)
+    left = np.linalg.eigvalsh(spectra.deflated(scaled, pairs).to_dense())
+    assert np.abs(left).max() < np.abs(pairs.values).min() + 1e-9
+    spectra.landscape(hessian, scaled.to_original(pairs.vectors))
+    with pytest.raises(ArgumentTypeError, match=r"entry 'state' of kind dict.*not its state_dict"):
+        spectra.preconditioned(hessian, torch.optim.Adam([torch.ones(1)]).state_dict())
+
+
 # --- refused -------------------------------------------------------------------------------------
 
 
