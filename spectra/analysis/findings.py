@@ -24,6 +24,7 @@ __all__ = [
     "linearity",
     "modes",
     "precision",
+    "reduction",
     "symmetry",
     "unchanged",
 ]
@@ -32,6 +33,8 @@ __all__ = [
 _ROUNDING = 1e3
 # Digits that a reader looks at; beyond the second one none is left.
 _NOISY, _NO_DIGITS = 1e-3, 0.3
+# What rounding may make of a loss that is put together from those of halves.
+_SPLIT = 1e-3
 # A repetition that differs by more is another function, and no noise of kernels.
 _ANOTHER = 0.1
 
@@ -165,6 +168,33 @@ def determinism(eps: float, again: float, anew: float | None = None) -> Finding:
         "torch.use_deterministic_algorithms(True)",
         measured=difference,
         limit=limit,
+    )
+
+
+def reduction(declared: str, halves: tuple[float, float, float] | None) -> Finding:
+    """Is the loss of a batch the mean over its samples, or their sum, as it is taken for?"""
+    if halves is None:
+        return Finding("reduction", "ok", "a batch is not split by the loss, so nothing is told")
+    whole, mean, total = halves
+    limit = _SPLIT * max(map(abs, halves))
+    is_mean, is_sum = abs(whole - mean) <= limit, abs(whole - total) <= limit
+    found = "mean" if is_mean else "sum" if is_sum else None
+    if found is None or found == declared or (is_mean and is_sum):
+        what = f"the {found} of those" if found else "neither the mean nor the sum of those"
+        return Finding("reduction", "ok", f"the loss of a batch is {what} of its halves")
+    cures = {
+        "sum": "reduce by the mean in the loss, or pass reduction='sum' (without a mean over "
+        "batches)",
+        "mean": "leave reduction='sum' out, or sum in the loss",
+    }
+    return Finding(
+        "reduction",
+        "warning",
+        f"the loss of a batch is {whole:.4g}, the {found} of those of its halves, and is taken for "
+        f"a {declared}: batches count by the wrong weights, and H has another scale",
+        remedy=cures[found],
+        measured=abs(whole - (mean if declared == "mean" else total)) / max(abs(whole), 1e-300),
+        limit=_SPLIT,
     )
 
 

@@ -154,6 +154,10 @@ class Objective(Protocol):
         """What has to be the same on all ranks whatever their data, by name."""
         ...
 
+    def halves(self) -> tuple[float, float, float] | None:
+        """The loss of the first batch, and the mean and the sum of those of its halves."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Where the objective comes from, for the provenance of results."""
         ...
@@ -258,6 +262,9 @@ class FunctionObjective:
             },
             "other tensors digest": digest(*self._watched),
         }
+
+    def halves(self) -> None:
+        """There is one part, which cannot be split."""
 
     def settings(self) -> dict[str, str]:
         """Digests of the tensors, and the function's name."""
@@ -608,6 +615,33 @@ class ModelObjective:
                 "how many terms a batch has with weight="
             )
             raise LossError(msg)
+
+    def halves(self) -> tuple[float, float, float] | None:
+        """The loss of the first batch, and the mean and the sum of those of its halves.
+
+        None where it has no halves that the loss takes. Three forward passes at most.
+        """
+        index, batch = next(iter(enumerate(batches_of(self._data))), (0, None))
+        label = f"batch {index}"
+        try:
+            moved = to_device(batch, label, self.space.device, self._compute_dtype)
+            middle = leading_dimension(moved, label) // 2
+            pieces = [
+                map_tensors(moved, operator.itemgetter(places))
+                for places in (slice(0, middle), slice(middle, None))
+            ]
+            # Those of a sum are all one; a mean would be over samples.
+            weight_of = leading_dimension if self.reduction == "sum" else self._weight_of
+            weights = [float(weight_of(piece, label)) for piece in pieces]
+            if middle == 0 or min(weights) <= 0:
+                return None
+            with torch.no_grad():
+                whole, *parts = (float(self._loss(self.model, b)) for b in (moved, *pieces))
+        except Exception:
+            # Whatever is wrong with whole batches is told elsewhere; halves need not be right.
+            return None
+        total = math.fsum(w * part for w, part in zip(weights, parts, strict=True))
+        return whole, total / math.fsum(weights), math.fsum(parts)
 
     def _split(self, batch: Any, label: str) -> Iterator[Any]:
         size = self.microbatch

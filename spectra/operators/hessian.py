@@ -356,6 +356,14 @@ class HessianOperator(SymmetricOperator):
         """What the loss of the first batch is made of."""
         return self._oracle.operations()
 
+    def halves(self) -> tuple[float, float, float] | None:
+        """The loss of the first batch, and the mean and the sum of those of its two halves.
+
+        None where it cannot be split, or the data are spread over processes. Costs two forward
+        passes over that batch.
+        """
+        return None if self.space.ranks is not None else self._oracle.halves()
+
     def quadratic_forms(self, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """How each batch by itself curves along given directions: the spread of the data.
 

@@ -423,6 +423,11 @@ class HvpOracle:
             nodes = [] if part is None else graph_nodes([self._plan.loss(part)])
             return [_operation(node, places) for node in nodes]
 
+    def halves(self) -> tuple[float, float, float] | None:
+        """The loss of the first batch, and the mean and the sum of those of its halves."""
+        with self._evaluating(compared=False):
+            return self.objective.halves()
+
     @contextlib.contextmanager
     def _evaluating(
         self, displacement: Tensor | None = None, *, compared: bool = True

@@ -557,3 +557,34 @@ def test_names_are_compressed_only_where_all_of_them_are_meant():
     assert compressed(names, names) == ("layers.*.weight", "layers.*.bias")
     assert compressed(names[1:], names) == ("layers.*.bias", "layers.1.weight", "layers.2.weight")
     assert compressed(["layers2.weight"], ["layers2.weight"]) == ("layers2.weight",)
+
+
+@pytest.mark.parametrize("declared", [None, "mean", "sum"])
+@pytest.mark.parametrize("reduced", ["mean", "sum"])
+def test_a_loss_that_is_taken_for_another_reduction_is_found(declared, reduced):
+    x = torch.randn(12, 3, dtype=torch.float64)
+    y = torch.randn(12, 1, dtype=torch.float64)
+
+    def loss(model, batch):
+        return torch.nn.functional.mse_loss(model(batch[0]), batch[1], reduction=reduced)
+
+    model = torch.nn.Linear(3, 1).double()
+    H = spectra.HessianOperator(model, loss, [(x[:5], y[:5]), (x[5:], y[5:])], reduction=declared)
+    found = next(f for f in spectra.check(H).findings if f.check == "reduction")
+    if (declared or "mean") == reduced:
+        assert found.level == "ok"
+        assert f"the {reduced} of those of its halves" in found.message
+    else:
+        assert found.level == "warning"
+        assert f"the {reduced} of those of its halves, and is taken for a" in found.message
+
+
+def test_a_loss_that_compares_samples_is_neither_mean_nor_sum():
+    def contrastive(model, batch):
+        outputs = model(batch)
+        return torch.logsumexp(outputs @ outputs.T, dim=1).mean()
+
+    model = torch.nn.Linear(3, 2).double()
+    H = spectra.HessianOperator(model, contrastive, [torch.randn(8, 3, dtype=torch.float64)])
+    found = next(f for f in spectra.check(H).findings if f.check == "reduction")
+    assert (found.level, found.message[:32]) == ("ok", "the loss of a batch is neither t")

@@ -343,9 +343,7 @@ def test_eigenvectors_in_scaled_coordinates_are_not_taken_for_others(hessian):
         spectra.landscape,
         lambda H, pairs: spectra.trace(H, deflate=pairs, progress=False),
     ):
-        with pytest.raises(
-            ArgumentError, match=r"by a diagonal, whose.*to_original"
-        ):
+        with pytest.raises(ArgumentError, match=r"by a diagonal, whose.*to_original"):
             take(hessian, pairs)
     own = spectra.eigsh(hessian, 2, progress=False)
     with pytest.raises(ArgumentError, match="those of an operator as it is, whose"):
