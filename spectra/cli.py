@@ -182,9 +182,10 @@ def _main(arguments: argparse.Namespace) -> int:
         run = arguments.prepare(arguments)
         status = _FAILED
         return int(run())
-    except KeyboardInterrupt:
-        print("spectra: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+    except KeyboardInterrupt as error:
+        kept = "; the same command with --resume goes on" if "is kept" in str(error) else ""
+        print(f"spectra: interrupted{kept}", file=sys.stderr)
+        return _TERMINATED if "SIGTERM" in str(error) else _INTERRUPTED
     except CheckpointError as error:
         return _fail(error, _USAGE, "; on the command line, --overwrite does")
     except (ArgumentError, ArgumentTypeError) as error:
@@ -467,6 +468,10 @@ def _reached(m: Measurement) -> bool:
 
 def _compare(arguments: argparse.Namespace) -> Callable[[], int]:
     directories = (arguments.first, arguments.second)
+    for directory in directories:
+        if (directory / "trajectory.json").exists() and not (directory / "run.json").exists():
+            msg = f"{str(directory)!r} holds a trajectory of `spectra track`, not a run to compare"
+            raise ArgumentError(msg)
     runs = [storage.read_run(directory) for directory in directories]
     titles = [storage.read_summary(directory)["title"] for directory in directories]
     names = _told_apart(titles, directories)

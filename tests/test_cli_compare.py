@@ -49,6 +49,9 @@ def test_json_is_all_that_is_printed(runs, capsys):
 def test_what_is_no_run_is_refused(runs, capsys):
     assert main(["compare", str(runs / "one"), str(runs / "none")]) == 2
     assert "holds no run of spectra" in capsys.readouterr().err
+    Trajectory((Measurement(0),)).save(runs / "trajectory")
+    assert main(["compare", str(runs / "one"), str(runs)]) == 2
+    assert "holds a trajectory of `spectra track`" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["compare", str(runs / "one")])
 

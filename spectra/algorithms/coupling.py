@@ -132,7 +132,9 @@ class BlockCoupling(Result):
                     f"{errors[a, a] / (2 * size) if size else 0.0:.0e}",
                     f"{outside[a]:.1%}",
                     f"{outside_errors[a]:.1%}",
-                    short_name(self.names[strongest], 14) if others[a, strongest] > 0 else "-",
+                    short_name(self.names[strongest] or "(itself)", 14)
+                    if others[a, strongest] > 0
+                    else "-",
                 ]
             )
         lines += aligned(table)

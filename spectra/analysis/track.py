@@ -40,6 +40,8 @@ from spectra.results import load, versions
 
 __all__ = ["track"]
 
+_OVERRIDDEN = "the threshold is that of learning_rate=, not of the optimiser that was saved"
+
 
 def track(
     H: HessianOperator,
@@ -139,6 +141,8 @@ def track(
                 remarks = put_into(model, saved)
                 if not run.knows(step, saved.path, _digest_of(model)):
                     then = fixed or _optimizer_for(saved, optimizer)
+                    if fixed is not None and saved.optimizer is not None:
+                        remarks = (*remarks, _OVERRIDDEN)
                     if not run.measured(step, saved.path, then, remarks):
                         break
                 bar.update()
