@@ -87,7 +87,7 @@ The directory --out receives run.json (every number with its error), the result 
 finished it also holds a checkpoint; a run that was ended, by whatever, goes on with --resume.
 
 `torchrun --nproc-per-node 4 -m spectra analyze ...` does the same in four processes, each on every
-fourth batch. Such runs keep no checkpoint.
+fourth batch; --resume goes on in another number of processes, too.
 """
 _TRACK = """\
 Measures the curvature at weights that a training saved, one CHECKPOINT after the other, in the
@@ -167,9 +167,6 @@ def _check_shared(arguments: argparse.Namespace) -> None:
             "only `analyze` and `check` run in several processes; start the others without torchrun"
         )
         raise ArgumentError(msg)
-    if getattr(arguments, "resume", False):
-        msg = "--resume does not work yet in several processes: their runs keep no checkpoint"
-        raise ArgumentError(msg)
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -240,9 +237,7 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
     if arguments.resume and _is_finished(arguments.out):
         return functools.partial(_say_finished, arguments)
     # The files are the first process's.
-    checkpoint = None if arguments.rank else _checkpoint(arguments)
-    if processes() > 1:
-        checkpoint = None
+    checkpoint = arguments.out / _CHECKPOINT if arguments.rank else _checkpoint(arguments)
     say = _silent if arguments.json else _say
     operator, title, source, _ = _asked_about(arguments, say)
     n = operator.space.n

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -28,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectra.distributed.collectives import Ranks, agreed, leads
+from spectra.distributed.recording import SharedRecords
 from spectra.errors import CheckpointError, StorageError
 from spectra.records import Record, RecordFile
 from spectra.results import decode, encode, versions
@@ -84,7 +87,8 @@ class Journal:
     identity
         What must be the same for the run to go on, as text by name: nested dictionaries.
     owner
-        The operator whose products are recorded.
+        The operator whose products are recorded. Where several ranks compute them, rank 0 has the
+        file, and all of them make all calls.
 
     Raises
     ------
@@ -100,17 +104,17 @@ class Journal:
         self.notes: list[str] = []
         self.signal: str | None = None
         """What asked the run to stop."""
-        self.resumed = path.exists()
-        header = {
-            "kind": "header",
-            "question": question,
-            # As it will be read.
-            "identity": json.loads(json.dumps(identity)),
-            "versions": versions(),
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "seconds": 0.0,
-        }
-        self._file = RecordFile(path) if self.resumed else RecordFile.create(path, header)
+        self._ranks: Ranks | None = owner.space.ranks
+        self.resumed, header = agreed(
+            self._ranks, "a checkpoint", lambda: (path.exists(), _header(question, identity))
+        )
+
+        def opened() -> RecordFile:
+            return RecordFile(path) if self.resumed else RecordFile.create(path, header)
+
+        self._file: RecordFile | SharedRecords = (
+            opened() if self._ranks is None else SharedRecords(self._ranks, opened)
+        )
         self._next = 0
         self._advance()
         self._compared = not self.resumed
@@ -166,16 +170,16 @@ class Journal:
     def product(self, rows: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """Products with the rows of a (k, n) tensor: those on record, or computed and recorded."""
         if not self.replaying:
-            if self.signal:
+            if self._stops():
                 self.seal()
                 raise Stopped
             self._compare_witness(compute)
             products = compute(rows)
             if self._witness is None:
-                pair = [vectors[0].detach().cpu().contiguous() for vectors in (rows, products)]
+                pair = [self._to_record(vectors[0]) for vectors in (rows, products)]
                 self._append({"kind": _WITNESS}, pair)
             if not self._muted:
-                host = products.detach().cpu().contiguous()
+                host = self._to_record(products)
                 self._append({"kind": "product", "input": check_numbers(rows)}, [host])
             return products
         record = self._take("product")
@@ -230,7 +234,7 @@ class Journal:
         if rows is not None:
             assert not arrays
             meta["rows"] = len(rows)
-            arrays = [row.detach().cpu() for row in rows]
+            arrays = [self._to_record(row) for row in rows]
         kept = [
             (record, rows is None or record.meta["kind"] != name)
             for i, record in enumerate(self._records)
@@ -271,8 +275,22 @@ class Journal:
         finally:
             _current.reset(token)
 
+    def _stops(self) -> bool:
+        """Whether the run was asked to stop: on any rank, as all stop at one place."""
+        if self._ranks is not None and not self._sealed:
+            number = signal.Signals[self.signal] if self.signal else 0
+            if latest := int(max(row[0] for row in self._ranks.gathered([float(number)]))):
+                self.signal = signal.Signals(latest).name
+        return bool(self.signal)
+
+    def _to_record(self, vectors: Tensor) -> Tensor:
+        """Vectors in memory, where this rank writes them."""
+        return vectors.detach().cpu().contiguous() if self._file.writes else vectors
+
     def _asked_to_stop(self, name: str) -> None:
         self.signal = name
+        if not leads(self._ranks):
+            return
         print(
             f"spectra: {name}: stopping after the product under way; once more to stop at once",
             file=sys.stderr,
@@ -560,6 +578,19 @@ def _check_complete(path: Path, records: Sequence[Record]) -> None:
             raise StorageError(msg)
 
 
+def _header(question: str, identity: dict[str, Any]) -> dict[str, Any]:
+    """The first record."""
+    return {
+        "kind": "header",
+        "question": question,
+        # As it will be read.
+        "identity": json.loads(json.dumps(identity)),
+        "versions": versions(),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+    }
+
+
 def _check_identity(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Refuse the checkpoint of another run, and say what is different."""
     if old.get("kind") != "header" or old.get("question") != new["question"]:
@@ -588,7 +619,9 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             place = f"{where} {key}".strip()
-            if key not in old:
+            if key == "data" and _of_ranks(old.get(key), new.get(key)):
+                yield from _other_batches(old[key], new[key], place)
+            elif key not in old:
                 yield f"{place} (new)"
             elif key not in new:
                 yield f"{place} (gone)"
@@ -603,3 +636,17 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
         short = all(len(str(value)) <= 40 for value in (old, new))
         digests = "digest" in where or where.split(" ", maxsplit=1)[0] in {"weights", "data"}
         yield f"{where} ({old} before, {new} now)" if short and not digests else where
+
+
+def _of_ranks(old: Any, new: Any) -> bool:
+    """Digests of batches, of which some were spread over ranks: perhaps over others."""
+    both = (isinstance(data, dict) for data in (old, new))
+    return all(both) and any(place.startswith("rank ") for place in {**old, **new})
+
+
+def _other_batches(old: dict[str, str], new: dict[str, str], where: str) -> Iterator[str]:
+    """Whether they are others altogether: in which place each is does not matter."""
+    before, now = Counter(old.values()), Counter(new.values())
+    if before != now:
+        alike = (before & now).total()
+        yield f"{where} ({len(old)} batches before, {len(new)} now, {alike} of them the same)"

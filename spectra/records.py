@@ -75,6 +75,8 @@ class RecordFile:
         self.records: list[Record] = []
         self.torn = False
         """The last record was cut off, and dropped."""
+        self.writes = True
+        """It needs the arrays that are to be recorded."""
         self._made_directory = False
         self._file = self._opened()
         try:

@@ -41,7 +41,8 @@ def resumable(question: Callable[P, R]) -> Callable[P, R]:
         bound.apply_defaults()
         if ranks is not None:
             _agree(question.__name__, ranks, bound.arguments)
-            return question(*args, **options)
+            if bound.arguments["checkpoint"] is None:
+                return question(*args, **options)
         path = _path(bound.arguments["checkpoint"])
         operator = bound.arguments["H"] = as_operator(bound.arguments["H"])
         bound.arguments["checkpoint"] = None
@@ -61,12 +62,6 @@ def _ranks_of(H: Any) -> Ranks | None:
 
 def _agree(question: str, ranks: Ranks, arguments: dict[str, Any]) -> None:
     """Ask all ranks whether they begin the same question with the same options."""
-    if arguments["checkpoint"] is not None:
-        msg = (
-            "checkpoint= does not work yet for data that are spread over several processes "
-            "(process_group); leave it out"
-        )
-        raise ArgumentError(msg)
     told = {
         f"the option {name}": text if len(text := _in_words(value)) < 40 else digest_of(text)
         for name, value in arguments.items()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spectra.errors import ArgumentError, ArgumentTypeError, DistributedError
 
-__all__ = ["NUMBERS", "Ranks", "ranks_of"]
+__all__ = ["NUMBERS", "Ranks", "agreed", "leads", "ranks_of"]
 
 T = TypeVar("T")
 
@@ -65,6 +65,26 @@ class Ranks:
         self.calls += 1
         self._reached(lambda: dist.all_gather_object(values, value, group=self._group))
         return values
+
+    def everywhere(self, what: str, make: Callable[[], T]) -> T:
+        """What `make` returns on this rank; an exception on one rank is one on all."""
+        value, _ = self.together(what, (), lambda: (make(), ()), dict)
+        return value
+
+    def shared(self, what: str, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, which alone calls it: on all ranks, a copy."""
+        mine = self.everywhere(what, lambda: make() if self.rank == 0 else None)
+        there: Any = self.told(mine)[0]
+        return there if self.rank else mine  # type: ignore[return-value]
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Replace a tensor by that of rank 0."""
+        there = tensor.to(self._device)
+        self._count(tensor)
+        source = dist.get_global_rank(self._group, 0)
+        self._reached(lambda: dist.broadcast(there, source, group=self._group))
+        if there is not tensor:
+            tensor.copy_(there)
 
     def least(self, number: float) -> float:
         """The smallest of what the ranks say: what all of them can afford."""
@@ -195,6 +215,16 @@ def ranks_of(process_group: Any) -> Ranks | None:
         )
         raise ArgumentTypeError(msg)
     return Ranks(group)
+
+
+def agreed(ranks: Ranks | None, what: str, make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, which alone calls it; or here, where there is one process."""
+    return make() if ranks is None else ranks.shared(what, make)
+
+
+def leads(ranks: Ranks | None) -> bool:
+    """Whether this process decides and writes files: rank 0, or the only one."""
+    return ranks is None or ranks.rank == 0
 
 
 def _equal(one: Sequence[float], other: Sequence[float]) -> bool:

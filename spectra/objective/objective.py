@@ -486,6 +486,13 @@ class ModelObjective:
                 part.label: f"{digest_of(part.batch)}, weight {part.weight:g}"
                 for part in self.parts()
             }
+        if (ranks := self.space.ranks) is not None:
+            everyone = ranks.told(data)
+            data = {
+                f"rank {rank}, {label}": text
+                for rank, found in enumerate(everyone)
+                for label, text in found.items()
+            }
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
         modes = {name: module.training for name, module in self.model.named_modules()}
         return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,7 +210,6 @@ def failing(rank: int, size: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         model, loss, mine, "0.*" if rank == last else None, process_group=True
     )
     yield "other parameters", other.value
-    yield "a checkpoint", lambda: spectra.eigsh(H, 1, checkpoint="run.chk", progress=False)
     # No data on any rank.
     empty = spectra.HessianOperator(model, loss, [], process_group=True)
     yield "no data at all", lambda: empty.apply(v)
@@ -252,6 +252,58 @@ def killed(rank: int, size: int) -> Any:
     except spectra.errors.DistributedError as error:
         return {"said": str(error), "seconds": time.monotonic() - began}
     return {"said": "nothing", "seconds": 0.0}
+
+
+def resumed(H: Any, path: Path, *, after: int | None = None, how: str = "") -> dict[str, Any]:
+    """An analysis with a checkpoint, perhaps ended by the last rank in one of its passes."""
+    compute, count = H._oracle._multiplied, 0
+
+    def counted(vectors: Tensor) -> Any:
+        nonlocal count
+        count += 1
+        if count == after and dist.get_rank() == dist.get_world_size() - 1:
+            if how == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                msg = "enough"
+                raise spectra.errors.LossError(msg)
+        return compute(vectors)
+
+    H._oracle._multiplied = counted
+    found = spectra.analyze(
+        H, 3, steps=8, rtol=0.2, ncv=12, budget=80, checkpoint=path, progress=False
+    )
+    return {
+        "numbers": np.array([*found.eigenpairs.values, found.trace.value if found.trace else 0.0]),
+        "products": count,
+        "partial": found.partial,
+        "notes": " ".join(found.notes),
+    }
+
+
+@case
+def checkpoints(rank: int, size: int) -> Any:
+    """A run that is ended in two ways and goes on, and what is refused."""
+    folder = Path(sys.argv[4])
+    found: dict[str, Any] = {"whole": resumed(spread("mlp", rank, size), folder / "whole")}
+    with pytest.raises(spectra.SpectraError, match="enough"):
+        resumed(spread("mlp", rank, size), folder / "run", after=30)
+    dist.barrier()
+    if rank == 0:
+        shutil.copy(folder / "run", folder / "recorded")
+    found["stopped"] = resumed(spread("mlp", rank, size), folder / "run", after=20, how="signal")
+    found["again"] = resumed(spread("mlp", rank, size), folder / "run")
+    model, loss, data = problem("mlp")
+    other = spectra.HessianOperator(model, loss, shares(data[1:], size)[rank], process_group=True)
+    with pytest.raises(spectra.SpectraError, match="6 batches before, 5 now") as caught:
+        resumed(other, folder / "recorded")
+    return {**found, "refused": type(caught.value).__name__}
+
+
+@case
+def going_on(rank: int, size: int) -> Any:
+    """The same run on another number of ranks."""
+    return resumed(spread("mlp", rank, size), Path(sys.argv[4]) / "recorded")
 
 
 # --- running them --------------------------------------------------------------------------------

@@ -80,7 +80,6 @@ def test_what_one_rank_does_otherwise_ends_it_on_all(tmp_path):
             "another vector": "rank 2 differs from rank 0 in: the vectors",
             "other parameters": "rank 2 differs from rank 0 in: the parameters that are analysed",
             "other weights": "rank 2 differs from rank 0 in: the numbers of '0.bias'",
-            "a checkpoint": "ArgumentError: checkpoint= does not work yet",
             "no data at all": "DataError: none of the 3 processes holds a batch",
         }.items():
             assert words in answer[name], name
@@ -92,6 +91,32 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path):
     for rank, answer in ((0, first), (2, last)):
         assert f"rank {rank} of 3 could not reach the others" in answer["said"]
         assert answer["seconds"] < cases.TIMEOUT.total_seconds()
+
+
+def test_a_run_goes_on_where_it_was_ended_on_any_number_of_ranks(tmp_path):
+    first, second = cases.run("checkpoints", 2, tmp_path)
+    whole = first["whole"]
+    assert whole["products"] > 40
+    for answer in (first, second):
+        assert answer["stopped"]["partial"]
+        assert "stopped by SIGTERM" in answer["stopped"]["notes"]
+        again = answer["again"]
+        np.testing.assert_array_equal(again["numbers"], whole["numbers"])
+        assert not again["partial"]
+        # What was on record, and the first product once more.
+        spent = 29 + answer["stopped"]["products"] + again["products"]
+        assert whole["products"] <= spent <= whole["products"] + 4
+    assert {first["refused"], second["refused"]} <= {"CheckpointError", "DistributedError"}
+    recorded = (tmp_path / "recorded").read_bytes()
+    meet = tmp_path / "meet"
+    meet.unlink(missing_ok=True)
+    for answer in cases.run("going_on", 3, tmp_path):
+        np.testing.assert_allclose(answer["numbers"], whole["numbers"], rtol=1e-9)
+        assert answer["products"] <= whole["products"] - 29 + 2
+    (tmp_path / "recorded").write_bytes(recorded)
+    alone_again = cases.resumed(alone("mlp"), tmp_path / "recorded")
+    np.testing.assert_allclose(alone_again["numbers"], whole["numbers"], rtol=1e-9)
+    assert alone_again["products"] <= whole["products"] - 29 + 2
 
 
 def test_a_group_has_to_be_one(tmp_path):
