@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spectra import errors
 from spectra.errors import ArgumentError, ArgumentTypeError, DistributedError
 
-__all__ = ["NUMBERS", "Ranks", "agreed", "leads", "ranks_of"]
+__all__ = ["NUMBERS", "Ranks", "agreed", "everywhere", "leads", "ranks_of"]
 
 T = TypeVar("T")
 
@@ -118,7 +119,8 @@ class Ranks:
         Raises
         ------
         DistributedError
-            Another rank failed, has ended, or is at another computation.
+            Another rank has ended, is at another computation, or failed with an exception that is
+            not of spectra; with one that is, the same kind.
         """
         numbers: Sequence[float] = ()
         failure: BaseException | None = None
@@ -143,12 +145,16 @@ class Ranks:
         return value, [row[1 + len(begun) :] for row in rows]
 
     def _fail(self, failure: BaseException | None) -> None:
-        told = self.told(None if failure is None else f"{type(failure).__name__}: {failure}")
+        told = self.told(None if failure is None else (type(failure).__name__, str(failure)))
         if failure is not None:
             raise failure
-        rank, text = next((i, text) for i, text in enumerate(told) if text is not None)
-        msg = f"rank {rank} of {self.size} failed, and rank {self.rank} ends with it: {text}"
-        raise DistributedError(msg)
+        rank, (name, text) = next((i, found) for i, found in enumerate(told) if found is not None)
+        msg = (
+            f"rank {rank} of {self.size} failed, and rank {self.rank} ends with it: {name}: {text}"
+        )
+        # Of the same kind, so that who catches it there catches it here, and all stay in step.
+        kind = getattr(errors, name, None) if name in errors.__all__ else None
+        raise (kind or DistributedError)(msg)
 
     def _disagree(self, what: str, mine: dict[str, str]) -> None:
         told = self.told({"question": what, **mine})
@@ -215,6 +221,11 @@ def ranks_of(process_group: Any) -> Ranks | None:
         )
         raise ArgumentTypeError(msg)
     return Ranks(group)
+
+
+def everywhere(ranks: Ranks | None, what: str, make: Callable[[], T]) -> T:
+    """What `make` returns here; what fails on one of the ranks fails on all."""
+    return make() if ranks is None else ranks.everywhere(what, make)
 
 
 def agreed(ranks: Ranks | None, what: str, make: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spectra.distributed.collectives import ranks_of
+from spectra.distributed.collectives import everywhere, ranks_of
 from spectra.errors import ArgumentTypeError, NonFiniteError, SpectraError
 from spectra.objective.batches import reiterable
 from spectra.objective.objective import FunctionObjective, ModelObjective, Objective
@@ -169,7 +169,9 @@ class HessianOperator(SymmetricOperator):
 
         # Not through self: a function that holds the operator that holds it is a cycle.
         linearised = self._linearised
-        batches = reiterable(data, hold_data=hold_data)
+        batches = everywhere(
+            ranks, "reading the data", lambda: reiterable(data, hold_data=hold_data)
+        )
         options: dict[str, Any] = {
             "graph": graph,
             "memory_budget": None if memory_budget == "auto" else memory_budget,
@@ -180,7 +182,11 @@ class HessianOperator(SymmetricOperator):
             "ranks": ranks,
         }
         self._unwrapped = wrapped
-        self._set_up(restricted_to(params), restricted_to, options)
+        everywhere(
+            ranks,
+            "making the operator",
+            lambda: self._set_up(restricted_to(params), restricted_to, options),
+        )
 
     @classmethod
     def from_function(

@@ -210,6 +210,12 @@ def failing(rank: int, size: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         model, loss, mine, "0.*" if rank == last else None, process_group=True
     )
     yield "other parameters", other.value
+    yield (
+        "no parameters",
+        lambda: spectra.HessianOperator(
+            model, loss, mine, "none.*" if rank == last else None, process_group=True
+        ),
+    )
     # No data on any rank.
     empty = spectra.HessianOperator(model, loss, [], process_group=True)
     yield "no data at all", lambda: empty.apply(v)

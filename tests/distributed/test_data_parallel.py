@@ -68,8 +68,9 @@ def test_what_one_rank_does_otherwise_ends_it_on_all(tmp_path):
     *others, last = found
     assert last["an exception"].startswith("LossError: the loss raised ValueError on batch 0: out")
     for rank, answer in enumerate(others):
+        # Of the kind that it is there, so that all catch it or none.
         assert answer["an exception"] == (
-            f"DistributedError: rank 2 of 3 failed, and rank {rank} ends with it: LossError: the "
+            f"LossError: rank 2 of 3 failed, and rank {rank} ends with it: LossError: the "
             "loss raised ValueError on batch 0: out of luck"
         )
     for answer in found:
@@ -79,6 +80,7 @@ def test_what_one_rank_does_otherwise_ends_it_on_all(tmp_path):
             "another question": "(product on rank 0, value and gradient on rank 2)",
             "another vector": "rank 2 differs from rank 0 in: the vectors",
             "other parameters": "rank 2 differs from rank 0 in: the parameters that are analysed",
+            "no parameters": "ParameterSelectionError: ",
             "other weights": "rank 2 differs from rank 0 in: the numbers of '0.bias'",
             "no data at all": "DataError: none of the 3 processes holds a batch",
         }.items():
@@ -106,7 +108,7 @@ def test_a_run_goes_on_where_it_was_ended_on_any_number_of_ranks(tmp_path):
         # What was on record, and the first product once more.
         spent = 29 + answer["stopped"]["products"] + again["products"]
         assert whole["products"] <= spent <= whole["products"] + 4
-    assert {first["refused"], second["refused"]} <= {"CheckpointError", "DistributedError"}
+    assert first["refused"] == second["refused"] == "CheckpointError"
     recorded = (tmp_path / "recorded").read_bytes()
     meet = tmp_path / "meet"
     meet.unlink(missing_ok=True)
