@@ -720,7 +720,11 @@ def _from_target(arguments: argparse.Namespace) -> _Asked:
 def _share(data: Any, arguments: argparse.Namespace) -> tuple[Any, bool]:
     """The batches of this process, and whether there are others."""
     size = processes()
-    return (data, False) if size == 1 else (EveryNth(data, arguments.rank, size), True)
+    if size == 1:
+        return data, False
+    # Of a list the operator sees when a batch is changed.
+    held = isinstance(data, list | tuple)
+    return data[arguments.rank :: size] if held else EveryNth(data, arguments.rank, size), True
 
 
 def _means(arguments: argparse.Namespace) -> dict[str, Any]:

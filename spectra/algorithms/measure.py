@@ -200,6 +200,17 @@ class SpectralDensity(Result):
         """Share of the eigenvalues that are at most x, atoms included."""
         return self.cdf_per_probe(x).mean(axis=0)
 
+    def cdf_per_probe(self, x: np.ndarray | float) -> np.ndarray:
+        """(probes, places) what each probe by itself says of `cdf`."""
+        if np.isnan(x).any():
+            msg = "x holds nan; expected places on the axis of eigenvalues"
+            raise ArgumentError(msg)
+        x = np.atleast_1d(np.asarray(x, dtype=float))
+        below = (self.nodes[:, :, None] <= x) * self.weights[:, :, None]
+        atoms = (self.atoms[:, None] <= x).sum(axis=0) / self.n
+        result: np.ndarray = below.sum(axis=1) + atoms
+        return result
+
     def cdf_band(
         self,
         x: np.ndarray | float,
@@ -393,17 +404,6 @@ class SpectralDensity(Result):
     def _curves(self, grid: np.ndarray, width: float | None) -> np.ndarray:
         grid = np.asarray(grid, dtype=float)
         return broadening.curves(self.nodes, self.weights, self._widths(width), grid)
-
-    def cdf_per_probe(self, x: np.ndarray | float) -> np.ndarray:
-        """(probes, places) what each probe by itself says of `cdf`."""
-        if np.isnan(x).any():
-            msg = "x holds nan; expected places on the axis of eigenvalues"
-            raise ArgumentError(msg)
-        x = np.atleast_1d(np.asarray(x, dtype=float))
-        below = (self.nodes[:, :, None] <= x) * self.weights[:, :, None]
-        atoms = (self.atoms[:, None] <= x).sum(axis=0) / self.n
-        result: np.ndarray = below.sum(axis=1) + atoms
-        return result
 
     def _student(self, samples: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
         if self.probes < 2:

@@ -15,7 +15,7 @@ import numpy as np
 from spectra.distributed.collectives import Ranks
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.journal import Journal, Stopped
-from spectra.objective.identity import digest_of
+from spectra.objective.identity import digest_of, fingerprint
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.results import Result
 
@@ -67,8 +67,7 @@ def _agree(question: str, ranks: Ranks, arguments: dict[str, Any]) -> None:
         for name, value in arguments.items()
         if name != "H" and name not in _WITHOUT_EFFECT
     }
-    number = float(int(digest_of(told)[:12], 16))
-    ranks.together(question, [number], lambda: (None, ()), lambda: told)
+    ranks.together(question, [fingerprint(told)], lambda: (None, ()), lambda: told)
 
 
 def _answered(journal: Journal, question: Callable[[], R]) -> R:

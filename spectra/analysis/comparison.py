@@ -17,11 +17,11 @@ from spectra.algorithms.estimate import Estimate
 from spectra.analysis.analyze import Analysis
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.journal import differences
+from spectra.names import short_name
 from spectra.objective.vectors import dot
 
 __all__ = ["Comparison", "Difference", "compare"]
 
-_WIDTH = 80
 # What may differ without a word: what it took.
 _NOT_SETTINGS = {"seconds", "matvecs", "stopped_by", "graphs"}
 
@@ -106,13 +106,13 @@ class Comparison:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        first, second = (_cut(name, 18) for name in self.names)
+        first, second = (short_name(name, 17) for name in self.names)
         lines = [f"{'':<22}{first:>18}{second:>18}{'change':>13}  ±"]
         for row in self.rows:
             mark = " " if row.beyond_errors else "="
             doubt = "" if row.converged else " *"
             lines.append(
-                f"{_cut(row.name, 22):<22}{row.first:>18.6g}{row.second:>18.6g}"
+                f"{short_name(row.name, 21):<22}{row.first:>18.6g}{row.second:>18.6g}"
                 f"{row.change:>+13.4g}{mark} {row.error:.1g}{doubt}"
             )
         if any(not row.beyond_errors for row in self.rows):
@@ -186,10 +186,6 @@ def compare(
         settings=tuple(_settings(first, second)),
         notes=(*remarks, *own),
     )
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) < width else f"{text[: width - 2]}…"
 
 
 def _doubts(analysis: Analysis) -> Iterator[str]:

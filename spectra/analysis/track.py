@@ -285,6 +285,9 @@ def _checked(H: Any) -> tuple[HessianOperator, nn.Module]:
             "HessianOperator(model, loss, data)"
         )
         raise ArgumentTypeError(msg)
+    if operator.space.ranks is not None:
+        msg = "track runs in one process: make the operator without process_group, on all the data"
+        raise ArgumentError(msg)
     return operator, model
 
 

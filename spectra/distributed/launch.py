@@ -63,6 +63,9 @@ class EveryNth:
 
     def __init__(self, data: Any, rank: int, size: int) -> None:
         self._data, self._rank, self._size = data, rank, size
+        # Where the generators of a loader that shuffles are looked for.
+        self.generator = getattr(data, "generator", None)
+        self.sampler = getattr(data, "sampler", None)
 
     def __iter__(self) -> Iterator[Any]:
         for place, batch in enumerate(self._data):

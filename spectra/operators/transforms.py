@@ -164,6 +164,8 @@ class _Transform(SymmetricOperator):
     def __init__(self, of: SymmetricOperator, space: VectorSpace | None = None) -> None:
         self.of = of
         self._numpy = of._numpy
+        if space is not None:
+            space.ranks = of.space.ranks
         super().__init__(of.space if space is None else space)
 
     def _numbers(self) -> list[Tensor]:

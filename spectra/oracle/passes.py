@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from spectra.errors import DataError
-from spectra.objective.identity import digest_of
+from spectra.objective.identity import fingerprint
 from spectra.objective.objective import Objective, Part
 
 __all__ = ["Fingerprint", "Tally", "Values"]
@@ -84,7 +84,7 @@ class Fingerprint:
         state = self._objective.state()
         if self._state != state:
             self._state = state
-            self._number = float(int(digest_of(self.explain())[:12], 16))
+            self._number = fingerprint(self.explain())
         return self._number
 
     def explain(self) -> dict[str, str]:

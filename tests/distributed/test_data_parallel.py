@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 import spectra
 from spectra.distributed.collectives import ranks_of
+from spectra.distributed.launch import EveryNth
 from spectra.errors import ArgumentError, ArgumentTypeError
 from tests.distributed import cases
 
@@ -139,6 +140,29 @@ def test_a_group_has_to_be_one(tmp_path):
         V = cases.directions(H.space.n)
         torch.testing.assert_close(H.apply(V), alone("mlp").apply(V), rtol=1e-13, atol=1e-15)
         assert H.collective_calls()[0] > 0
+        # What is made of it is asked on the same ranks, in coordinates of its own, too.
+        assert spectra.projected(H, V).space.ranks is H.space.ranks
+        with pytest.raises(ArgumentError, match="track runs in one process"):
+            spectra.track(H, ["weights.pt"])
         assert alone("mlp").collective_calls() == (0, 0)
     finally:
         dist.destroy_process_group()
+
+
+def test_every_nth_batch_of_a_loader_that_shuffles_is_the_same_in_every_pass():
+    model, loss, data = cases.problem("mlp")
+    x, y = (torch.cat([batch[i] for batch in data]) for i in (0, 1))
+    generator = torch.Generator().manual_seed(3)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y), batch_size=4, shuffle=True, generator=generator
+    )
+    halves = [
+        spectra.HessianOperator(model, loss, EveryNth(loader, rank, 2), graph="fresh")
+        for rank in (0, 1)
+    ]
+    V = cases.directions(halves[0].space.n)
+    weights = [sum(len(b[1]) for b in EveryNth(loader, rank, 2)) for rank in (0, 1)]
+    for H in halves:
+        torch.testing.assert_close(H.apply(V), H.apply(V), rtol=0, atol=0)
+    together = sum(w * H.apply(V) for w, H in zip(weights, halves, strict=True)) / len(y)
+    torch.testing.assert_close(together, alone("mlp").apply(V), rtol=1e-12, atol=1e-14)
