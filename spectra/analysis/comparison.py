@@ -195,7 +195,7 @@ def _doubts(analysis: Analysis) -> Iterator[str]:
     if missed:
         yield f"{missed} of {len(analysis.eigenpairs)} eigenpairs did not converge"
     if not analysis.eigenpairs.certified:
-        yield "nobody looked for missed eigenvalues, so their ranks are not certain"
+        yield "a missed eigenvalue is not ruled out, so that ranks are not certain"
 
 
 # --- numbers -------------------------------------------------------------------------------------

@@ -97,6 +97,8 @@ def test_what_is_doubtful_or_set_otherwise_is_said(spectrum, first):
     assert not doubtful.eigenpairs.converged.all()
     found = spectra.compare(first, doubtful, names=("a", "b"))
     assert any(note.startswith("b: ") and "did not converge" in note for note in found.notes)
+    assert "b: a missed eigenvalue is not ruled out, so that ranks are not certain" in found.notes
+    assert not any(note.startswith("a: ") for note in found.notes)
     assert "seed (0 in the first, 5 in the second)" in found.settings
     assert not all(row.converged for row in found.rows if row.name.startswith("λ"))
     smaller = analysis(np.linspace(1, 2, 50))
