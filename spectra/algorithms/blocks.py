@@ -6,12 +6,10 @@ Precision policy: sums over entries are float64, whatever the dtype of the vecto
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from spectra.algorithms.estimate import Estimate
@@ -32,7 +30,6 @@ __all__ = [
     "block_traces",
     "has_modules",
     "inner_by_parameter",
-    "sums_over",
 ]
 
 # Rows of a table for people, and eigenvectors in it.
@@ -48,13 +45,6 @@ _TILE_ENTRIES = 1 << 24
 def has_modules(space: VectorSpace) -> TypeGuard[ParameterSpace]:
     """The vectors are the parameters of more than one module."""
     return isinstance(space, ParameterSpace) and len(space.modules()) > 1
-
-
-def sums_over(vector: Tensor, places: Sequence[slice]) -> np.ndarray:
-    """Sums (places,) float64 of parts of a vector."""
-    parts = torch.stack([vector[place].sum(dtype=torch.float64) for place in places])
-    found: np.ndarray = parts.cpu().numpy()
-    return found
 
 
 def inner_by_parameter(space: VectorSpace, x: Tensor, y: Tensor) -> np.ndarray:

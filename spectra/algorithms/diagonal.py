@@ -19,7 +19,7 @@ from scipy import linalg, stats
 from torch import Tensor
 
 from spectra.algorithms import probes as random_probes
-from spectra.algorithms.blocks import By, add_diagonal, block_traces, sums_over
+from spectra.algorithms.blocks import By, add_diagonal, block_traces
 from spectra.algorithms.estimate import Estimate, check_confidence
 from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.noise import Noise, noise_notes
@@ -274,7 +274,7 @@ def _result(run: _Run, trial: _Trial, provenance: dict[str, Any]) -> DiagonalEst
     samples = trial.samples
     count, values = samples.count, trial.offset + samples.mean
     error = trial.relative_error()
-    traces = sums_over(trial.offset, run.places)[np.newaxis]
+    traces = run.space.sums_by_parameter(trial.offset)[np.newaxis]
     if trial.exact:
         errors = run.space.zeros()
     else:
@@ -295,7 +295,7 @@ def _result(run: _Run, trial: _Trial, provenance: dict[str, Any]) -> DiagonalEst
         probes=count,
         matvecs=run.spent,
         parameters=run.names,
-        sizes=tuple(place.stop - place.start for place in run.places),
+        sizes=run.sizes,
         parameter_traces=traces,
         noise=run.noise.relative,
         floor=run.floor,
@@ -364,8 +364,12 @@ def _known_pairs(operator: SymmetricOperator, pairs: Eigenpairs) -> _Known:
 
 def _signs(space: VectorSpace, generator: torch.Generator) -> Tensor:
     """Random signs (n,) as bytes, drawn on the CPU: the same on every device."""
-    bits = torch.randint(0, 2, (space.n,), generator=generator, dtype=torch.int8, device="cpu")
-    return bits.mul_(2).sub_(1).to(space.device)
+    bits = space.drawn(
+        lambda count: torch.randint(
+            0, 2, (count,), generator=generator, dtype=torch.int8, device="cpu"
+        )
+    )
+    return bits.mul_(2).sub_(1)
 
 
 class _Known:
@@ -401,9 +405,8 @@ class _Samples:
 
     _FIELDS = ("_contrast", "_lengths", "_overlaps", "count", "mean", "squares", "sums")
 
-    def __init__(self, space: VectorSpace, places: Sequence[slice]) -> None:
+    def __init__(self, space: VectorSpace) -> None:
         self._space = space
-        self._places = places
         self._contrast: Tensor | None = None
         self._lengths: list[float] = []
         self._overlaps: list[float] = []
@@ -415,7 +418,7 @@ class _Samples:
     def add(self, sample: Tensor) -> None:
         """Take in one sample (n,), which is overwritten."""
         space = self._space
-        self.sums.append(sums_over(sample, self._places))
+        self.sums.append(self._space.sums_by_parameter(sample))
         self.count += 1
         contrast = sample.sub_(self.mean)
         self.mean.add_(contrast, alpha=1 / self.count)
@@ -484,7 +487,7 @@ class _Trial:
         self.offset = run.space.zeros() if offset is None else offset
         self.inflation = inflation
         self.exact = exact
-        self.samples = _Samples(run.space, run.places)
+        self.samples = _Samples(run.space)
 
     def add_probe(self, vector: Tensor, product: Tensor) -> None:
         """Take in z and Hz, which is overwritten."""
@@ -526,7 +529,8 @@ class _Sketch:
 
     def __init__(self, run: _Run, capacity: int) -> None:
         self._run = run
-        self._signs = torch.empty(capacity, run.space.n, dtype=torch.int8, device=run.space.device)
+        space = run.space
+        self._signs = torch.empty(capacity, space.length, dtype=torch.int8, device=space.device)
         self._basis = run.space.empty(capacity)
         self._products = run.space.empty(capacity)
         self._triangle = np.zeros((capacity, capacity))
@@ -619,11 +623,10 @@ class _Run:
         self.generator = generator
         self.rtol = rtol
         self.confidence = confidence
-        slices = (
-            space.slices if isinstance(space, ParameterSpace) else {"matrix": slice(0, space.n)}
-        )
-        self.names = tuple(slices)
-        self.places = list(slices.values())
+        self.names: tuple[str, ...] = ("matrix",)
+        self.sizes: tuple[int, ...] = (space.n,)
+        if isinstance(space, ParameterSpace):
+            self.names, self.sizes = space.names, space.sizes
         self.spent = 0
         self.noise = Noise(space.n)
         self.basis: dict[str, Any] | None = None
@@ -658,13 +661,13 @@ class _Run:
     def exactly(self) -> _Trial:
         """All entries, from products with blocks of the n unit vectors."""
         n = self.space.n
-        found = self.space.empty()
+        found = self.space.zeros()
         block = max(1, min(64, _BLOCK_ENTRIES // n))
         for start in range(0, n, block):
             stop = min(start + block, n)
-            units = self.space.zeros(stop - start)
-            units[:, start:stop].fill_diagonal_(1.0)
-            found[start:stop] = self.operator.apply(units.T)[start:stop].diagonal()
+            units = torch.stack([self.space.unit(i) for i in range(start, stop)])
+            # Of each product the one entry that is on the diagonal.
+            found += (units * self.operator.apply(units.T).T).sum(dim=0)
             self._count(stop - start)
         return _Trial(self, "n unit vectors", offset=found, exact=True)
 

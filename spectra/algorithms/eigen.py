@@ -541,10 +541,13 @@ def _start_vector(operator: SymmetricOperator, v0: Any) -> Tensor:
     """A start vector (n,), the sum of the unit vectors along the columns of `v0` if it has many."""
     space = operator.space
     given = v0.detach() if isinstance(v0, Tensor) else operator.from_numpy(v0)
-    if given.dim() not in {1, 2} or given.shape[0] != space.n or given.numel() == 0:
-        msg = f"v0 has shape {tuple(given.shape)}, expected ({space.n},) or ({space.n}, p)"
+    n = space.length if isinstance(v0, Tensor) else space.n
+    if given.dim() not in {1, 2} or given.shape[0] != n or 0 in given.shape[1:] or not space.n:
+        msg = f"v0 has shape {tuple(given.shape)}, expected ({n},) or ({n}, p)"
         raise ArgumentError(msg)
-    columns = given.to(device=space.device, dtype=space.dtype).reshape(space.n, -1)
+    columns = given.to(device=space.device, dtype=space.dtype).reshape(n, -1)
+    if not isinstance(v0, Tensor):
+        columns = space.own(columns.T).T
     vector = space.zeros()
     for column in columns.T:
         norm = space.norm(column)

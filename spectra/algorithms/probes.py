@@ -71,8 +71,9 @@ def seeded(seed: int) -> torch.Generator:
 def gaussian(space: VectorSpace, generator: torch.Generator) -> Tensor:
     """A vector (n,) of independent standard normal entries."""
     # The program's default device may be another one than the generator's.
-    entries = torch.randn(space.n, generator=generator, dtype=space.dtype, device="cpu")
-    return entries.to(space.device)
+    return space.drawn(
+        lambda count: torch.randn(count, generator=generator, dtype=space.dtype, device="cpu")
+    )
 
 
 def sphere(
@@ -120,11 +121,13 @@ class Deflation:
         refuse_scaled(pairs, operator)
         vectors, space = pairs.vectors, operator.space
         # Transposed first: the columns of Eigenpairs are rows in memory, and nothing is copied.
-        rows = vectors.T if isinstance(vectors, Tensor) else operator.from_numpy(vectors.T)
-        if rows.shape[1] != space.n:
+        rows = (
+            vectors.T if isinstance(vectors, Tensor) else space.own(operator.from_numpy(vectors.T))
+        )
+        if rows.shape[1] != space.length:
             msg = (
                 f"deflate holds eigenvectors of length {rows.shape[1]}, the operator has "
-                f"n = {space.n}; pass the result of eigsh on the same operator"
+                f"n = {space.length}; pass the result of eigsh on the same operator"
             )
             raise ArgumentError(msg)
         self.basis = space.held(rows)
@@ -283,10 +286,8 @@ class Run:
         trace = square = 0.0
         diagonal = np.zeros(space.n)
         for i in range(space.n):
-            unit = space.zeros()
-            unit[i] = 1.0
-            column = self.apply(unit)
-            diagonal[i] = float(column[i])
+            column = self.apply(space.unit(i))
+            diagonal[i] = space.entry(column, i)
             trace += diagonal[i]
             square += space.norm(column) ** 2
         return replace(self.known(float(trace), square), diagonal=diagonal)

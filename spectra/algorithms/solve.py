@@ -710,17 +710,20 @@ def _right_hand_side(operator: SymmetricOperator, b: Any) -> Tensor:
         msg = f"b is a {type(b).__name__} of tensors; pass the flat vector H.space.flatten(b)"
         raise ArgumentTypeError(msg)
     vector = b.detach() if isinstance(b, Tensor) else operator.from_numpy(b)
-    if vector.shape != (space.n,):
-        hint = "; pass b.reshape(-1)" if vector.numel() == space.n else ""
-        msg = f"b has shape {tuple(vector.shape)}, expected ({space.n},){hint}"
+    n = space.length if isinstance(b, Tensor) else space.n
+    if vector.shape != (n,):
+        hint = "; pass b.reshape(-1)" if vector.numel() == n else ""
+        msg = f"b has shape {tuple(vector.shape)}, expected ({n},){hint}"
         raise ArgumentError(msg)
+    if not isinstance(b, Tensor):
+        vector = space.own(vector)
     if vector.dtype != space.dtype:
         msg = f"b is {vector.dtype}, the operator {space.dtype}; pass b.to({space.dtype})"
         raise ArgumentTypeError(msg)
     if vector.device != space.device:
         msg = f"b is on {vector.device}, the operator on {space.device}; pass b.to(H.space.device)"
         raise ArgumentError(msg)
-    bad = int((~torch.isfinite(vector)).sum())
+    bad = int(space.summed((~torch.isfinite(space.counted(vector))).sum()))
     if bad:
         msg = (
             f"b holds {bad} non-finite of {space.n} entries; if it is a gradient, the loss is "
@@ -732,5 +735,6 @@ def _right_hand_side(operator: SymmetricOperator, b: Any) -> Tensor:
 
 def _handed_back(operator: SymmetricOperator, vector: Tensor, b: Any) -> Any:
     """A tensor where operator and b are torch, else NumPy, as `H @ b` would give it."""
-    native = operator.native(vector)
-    return native if isinstance(b, Tensor) else torch.as_tensor(native).cpu().numpy()
+    if isinstance(b, Tensor):
+        return operator.native(vector)
+    return operator.space.whole(vector).cpu().numpy()

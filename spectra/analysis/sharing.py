@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectra.algorithms.blocks import BlockTraces, has_modules, inner_by_parameter, sums_over
+from spectra.algorithms.blocks import BlockTraces, has_modules, inner_by_parameter
 from spectra.algorithms.density import SpectralDensity
 from spectra.algorithms.estimate import Estimate
 from spectra.algorithms.moments import Moments, Samples
@@ -47,7 +47,7 @@ class _Known:
         if part is not None:
             self.trace, self.square = self.trace + part.trace, self.square + part.square
             if has_modules(space):
-                self.parameter_traces += sums_over(part.diagonal(), list(space.slices.values()))
+                self.parameter_traces += space.sums_by_parameter(part.diagonal())
         self.noted: list[np.ndarray] = []
 
     def take_from(self, vector: Tensor, product: Tensor) -> None:
@@ -140,12 +140,13 @@ class Shared:
         space, known = self._space, self.known
         if not has_modules(space):
             return None
-        places, samples, method = list(space.slices.values()), known.noted, trace.method
+        samples, method = known.noted, trace.method
         if moments.exact:
             method = "n unit vectors" if len(moments.diagonal) else "all known eigenpairs"
             samples = [known.parameter_traces]
             if len(moments.diagonal):
-                samples = [sums_over(torch.from_numpy(moments.diagonal), places)]
+                whole = torch.from_numpy(moments.diagonal).to(space.device)
+                samples = [space.sums_by_parameter(space.own(whole))]
         if not samples:
             return None
         notes = []
@@ -153,7 +154,7 @@ class Shared:
             notes = [f"{len(samples)} probes are too few to rely on their spread"]
         return BlockTraces(
             parameters=space.names,
-            sizes=tuple(place.stop - place.start for place in places),
+            sizes=space.sizes,
             parameter_traces=np.stack(samples),
             exact=moments.exact,
             eigenvalues=self._pairs,

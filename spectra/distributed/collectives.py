@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 NUMBERS = 5
 """How many numbers a pass hands to the others."""
+_GIVEN = 3
 _FAILED, _FINE = 1.0, 0.0
 
 
@@ -44,6 +45,8 @@ class Ranks:
         self.rank: int = dist.get_rank(group)
         self.size: int = dist.get_world_size(group)
         self.calls = self.bytes = 0
+        # What all ranks have raised together: none has to be told of it again.
+        self._known: BaseException | None = None
         nccl = "nccl" in str(dist.get_backend(group))
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
 
@@ -59,6 +62,35 @@ class Ranks:
         self._count(mine)
         self._reached(lambda: dist.all_gather(rows, mine, group=self._group))
         return [row.tolist() for row in rows]
+
+    def all_gather(self, out: Tensor, mine: Tensor, group: dist.ProcessGroup) -> None:
+        """The tensors of all ranks of a part of the group, one after the other in `out`."""
+        self.meet(f"gathering {mine.numel()} numbers")
+        self._count(mine, times=len(out) // max(len(mine), 1) - 1)
+        self._reached(lambda: dist.all_gather_into_tensor(out, mine, group=group))
+
+    def reduce_scatter(self, out: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:
+        """Of the sum over a part of the group, the part of this rank."""
+        self.meet(f"scattering {whole.numel()} numbers")
+        self._count(out, times=len(whole) // max(len(out), 1) - 1)
+        self._reached(lambda: dist.reduce_scatter_tensor(out, whole, group=group))
+
+    def all_reduce(self, tensor: Tensor, group: dist.ProcessGroup) -> None:
+        """The sum over a part of the group, in place."""
+        self.meet(f"summing {tensor.numel()} numbers")
+        self._count(tensor)
+        self._reached(lambda: dist.all_reduce(tensor, group=group))
+
+    def meet(self, what: str, numbers: Sequence[float] = ()) -> list[list[float]]:
+        """The numbers of all ranks, in the middle of what they `compute` together.
+
+        Raises
+        ------
+        DistributedError
+            As `together`: a rank that failed since, or is elsewhere, is here in its stead.
+        """
+        rows = self.gathered(self._row(_FINE, what, (), numbers))
+        return self._settled(rows, what, None, dict)
 
     def told(self, value: T) -> list[T]:
         """A small object of every rank, in order of the ranks."""
@@ -105,9 +137,10 @@ class Ranks:
         what
             Which computation, for people; the same on all ranks.
         given
-            Numbers that it starts from, which have to be the same on all ranks.
+            At most three numbers that it starts from, which have to be the same on all ranks.
         compute
-            This rank's share, and at most `NUMBERS` numbers for the others. It calls nothing here.
+            This rank's share, and at most `NUMBERS` numbers for the others. It calls nothing here
+            but what meets first (`meet`, `all_gather`, `reduce_scatter`, `all_reduce`).
         explain
             What `given` was made from, by name, to find out what differs.
 
@@ -124,25 +157,53 @@ class Ranks:
         """
         numbers: Sequence[float] = ()
         failure: BaseException | None = None
+        self._known = None
         try:
             value, numbers = compute()
         except BaseException as error:
+            if error is self._known:
+                raise
             failure = error
-        padded = [*numbers, *[0.0] * (NUMBERS - len(numbers))]
-        begun = [float(zlib.crc32(what.encode())), *given]
         status = _FINE if failure is None else _FAILED
         try:
-            rows = self.gathered([status, *begun, *padded])
+            rows = self.gathered(self._row(status, what, given, numbers))
         except DistributedError:
             if failure is not None:
                 raise failure from None
             raise
-        if any(row[0] == _FAILED for row in rows):
-            self._fail(failure)
-        first = rows[0][1 : 1 + len(begun)]
-        if any(not _equal(row[1 : 1 + len(begun)], first) for row in rows):
-            self._disagree(what, explain())
-        return value, [row[1 + len(begun) :] for row in rows]
+        return value, self._settled(rows, what, failure, explain)
+
+    def _row(
+        self, status: float, what: str, given: Sequence[float], numbers: Sequence[float]
+    ) -> list[float]:
+        # Of one length wherever a rank is, so that those that are apart can tell.
+        return [
+            status,
+            float(zlib.crc32(what.encode())),
+            *given,
+            *[0.0] * (_GIVEN - len(given)),
+            *numbers,
+            *[0.0] * (NUMBERS - len(numbers)),
+        ]
+
+    def _settled(
+        self,
+        rows: list[list[float]],
+        what: str,
+        failure: BaseException | None,
+        explain: Callable[[], dict[str, str]],
+    ) -> list[list[float]]:
+        """What the ranks hand to one another, once it is clear that all are fine and together."""
+        end = 2 + _GIVEN
+        try:
+            if any(row[0] == _FAILED for row in rows):
+                self._fail(failure)
+            if any(not _equal(row[1:end], rows[0][1:end]) for row in rows):
+                self._disagree(what, explain())
+        except BaseException as error:
+            self._known = error
+            raise
+        return [row[end:] for row in rows]
 
     def _fail(self, failure: BaseException | None) -> None:
         told = self.told(None if failure is None else (type(failure).__name__, str(failure)))
@@ -176,9 +237,9 @@ class Ranks:
         )
         raise DistributedError(msg)
 
-    def _count(self, tensor: Tensor) -> None:
+    def _count(self, tensor: Tensor, times: int = 1) -> None:
         self.calls += 1
-        self.bytes += tensor.numel() * tensor.element_size()
+        self.bytes += times * tensor.numel() * tensor.element_size()
 
     def _reached(self, call: Callable[[], Any]) -> None:
         try:

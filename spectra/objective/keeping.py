@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spectra.distributed.sharding import local
 from spectra.errors import LossError, StochasticModelError
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "checksums",
     "gradients_on",
     "gradients_put_aside",
+    "hooks_of_engine_off",
     "moved",
     "random_draws_refused",
     "random_state_kept",
@@ -85,7 +87,7 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
             0 if tensor.is_inference() else tensor._version,
             tensor.data_ptr() if tensor.layout == torch.strided else 0,
         )
-        for tensor in tensors
+        for tensor in map(local, tensors)
     )
 
 
@@ -97,7 +99,7 @@ def checksums(tensors: Iterable[Tensor]) -> bytes:
     """
     small: dict[torch.device, list[Tensor]] = {}
     sums: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in map(local, tensors):
         if tensor.layout != torch.strided or tensor.device.type == "meta":
             continue
         flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -270,6 +272,23 @@ def without_hooks(parameters: list[Tensor], model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for registered, functions in zip(hooks, kept, strict=True):
+            registered.update(functions)
+
+
+@contextlib.contextmanager
+def hooks_of_engine_off(model: nn.Module) -> Iterator[None]:
+    """Take off the forward hooks of torch.distributed, which put parameters together and apart."""
+    registries = [r for m in model.modules() for r in (m._forward_pre_hooks, m._forward_hooks)]
+    kept = [(registered, dict(registered)) for registered in registries if registered]
+    try:
+        for registered, functions in kept:
+            for key, function in functions.items():
+                if getattr(function, "__module__", "").startswith("torch.distributed."):
+                    del registered[key]
+        yield
+    finally:
+        for registered, functions in kept:
+            registered.clear()
             registered.update(functions)
 
 

@@ -13,12 +13,14 @@ import contextlib
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from spectra.distributed.collectives import Ranks
+from spectra.distributed.sharding import Sharding, is_spread, local, spread_tensors
 from spectra.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -43,6 +45,7 @@ from spectra.objective.keeping import (
     checksums,
     gradients_on,
     gradients_put_aside,
+    hooks_of_engine_off,
     moved,
     random_draws_refused,
     random_state_kept,
@@ -63,6 +66,7 @@ from spectra.objective.parameters import (
     select_parameters,
     stand_ins,
 )
+from spectra.objective.sharded import ShardedSpace
 
 __all__ = ["FunctionObjective", "ModelObjective", "Objective", "Part"]
 
@@ -103,6 +107,8 @@ class Objective(Protocol):
     function_name: str
     # Samples in a part; None for those of a batch.
     microbatch: int | None
+    # How parameters are spread over processes, where they are: each has a part of them.
+    sharding: Sharding | None
 
     @property
     def model(self) -> nn.Module | None:
@@ -138,6 +144,10 @@ class Objective(Protocol):
         """Within it the parts come in the opposite order."""
         ...
 
+    def copies(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Of parameters in shards: which part this process has of each, and a digest of it."""
+        ...
+
     def named_parameters(self) -> NamedTensors:
         """The parameters, each with all of its names, first the one it has in `space`."""
         ...
@@ -168,6 +178,7 @@ class FunctionObjective:
 
     model: nn.Module | None = None
     microbatch: int | None = None
+    sharding: Sharding | None = None
     separable = False
 
     def __init__(
@@ -266,6 +277,10 @@ class FunctionObjective:
     def halves(self) -> None:
         """There is one part, which cannot be split."""
 
+    def copies(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """None: every process has all of the tensors."""
+        return {}
+
     def settings(self) -> dict[str, str]:
         """Digests of the tensors, and the function's name."""
         return {
@@ -296,7 +311,7 @@ class ModelObjective:
         dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
         linearised: bool = False,
-        may_be_empty: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             msg = (
@@ -322,7 +337,7 @@ class ModelObjective:
                 msg = f"microbatch={microbatch}; expected a number of samples of at least 1"
                 raise ArgumentError(msg)
         self.model: nn.Module = model
-        self.may_be_empty = may_be_empty
+        self._ranks = ranks
         self.reduction = _reduction(reduction, loss)
         self._loss = loss
         self._loss_name = getattr(loss, "__qualname__", repr(loss))
@@ -333,6 +348,8 @@ class ModelObjective:
         self.microbatch = microbatch
         self._data = reiterable(data, hold_data=hold_data)
         self._num_batches: int | None = None
+        # What a rank computes on in step with others that have more parts.
+        self._repeated: Part | None = None
         self._reversed = False
         self._loss_head: str | None = None
         self._allow_training_mode = allow_training_mode
@@ -340,12 +357,23 @@ class ModelObjective:
         self._split_checked = self.separable or allow_training_mode
         self._compute_dtype = compute_dtype
         self._linearised = linearised
+        spread = spread_tensors(model)
+        self.sharding = Sharding(spread, _required(ranks)) if spread else None
         selected = select_parameters(model, params)
         self.parameters = self.stored = list(selected.values())
-        if compute_dtype is not None:
-            selected = stand_ins(selected, compute_dtype)
-            self.parameters = list(selected.values())
-        self.space = ParameterSpace(selected, dtype)
+        if compute_dtype is not None or self.sharding is not None:
+            here = {name: local(p) for name, p in selected.items()}
+            leaves = (
+                {name: part.detach().requires_grad_() for name, part in here.items()}
+                if compute_dtype is None
+                else stand_ins(here, compute_dtype)
+            )
+            self.parameters = list(leaves.values())
+            dtype = dtype or compute_dtype
+        if self.sharding is None:
+            self.space = ParameterSpace(selected, dtype)
+        else:
+            self.space = ShardedSpace(selected, self.sharding, _required(ranks), dtype)
         self._check_mode()
 
     @property
@@ -358,7 +386,40 @@ class ModelObjective:
         return getattr(self._loss, "separable", False) and not self._allow_training_mode
 
     def parts(self) -> Iterator[Part]:
-        """Batches, or the microbatches they are split into, on the model's device."""
+        """Batches, or the microbatches they are split into, on the model's device.
+
+        Where a forward pass gathers parameters all ranks come to the same number of parts: those
+        that have fewer batches repeat one, with weight zero.
+        """
+        parts = self._own_parts()
+        return parts if self.sharding is None else self._in_step(parts, _required(self._ranks))
+
+    def _in_step(self, parts: Iterator[Part], ranks: Ranks) -> Iterator[Part]:
+        part = next(parts, None)
+        while True:
+            here = ranks.meet("the next part", [float(part is not None)])
+            if not any(row[0] for row in here):
+                return
+            if part is not None:
+                self._repeated = replace(part, weight=0.0)
+            self._borrow(ranks)
+            assert self._repeated is not None
+            yield part or self._repeated
+            part = None if part is None else next(parts, None)
+
+    def _borrow(self, ranks: Ranks) -> None:
+        """A batch of another rank, where one has none of its own."""
+        if all(row[0] for row in ranks.meet("having a part", [float(self._repeated is not None)])):
+            return
+        lent = self._repeated
+        if lent is not None:
+            lent = replace(lent, batch=map_tensors(lent.batch, lambda t: t.cpu()))
+        lent = next(part for part in ranks.told(lent) if part is not None)
+        if self._repeated is None:
+            batch = to_device(lent.batch, lent.label, self.space.device, self._compute_dtype)
+            self._repeated = replace(lent, batch=batch)
+
+    def _own_parts(self) -> Iterator[Part]:
         count = 0
         for index, batch in self._numbered_batches():
             count += 1
@@ -374,7 +435,7 @@ class ModelObjective:
                     # One fixed seed for each part: dropout draws the same mask in every product.
                     seed_generators(self.space.device, (index, place))
                     yield Part(name, piece, weight)
-        if count == 0 and not self.may_be_empty:
+        if count == 0 and self._ranks is None:
             known = self._num_batches
             again = "" if known is None else f" in this pass, {known} before"
             msg = (
@@ -420,10 +481,24 @@ class ModelObjective:
             self._loss_head = head
         return value
 
+    def _put_apart(self) -> None:
+        """Have the parameters of FSDP in shards, and what stands for them on the same memory."""
+        for module in self.model.modules():
+            # Of FSDP's modules: what a forward pass of the caller's has put together.
+            if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+                module.reshard()  # type: ignore[operator]
+        if self._compute_dtype is None:
+            for leaf, stored in zip(self.parameters, self.stored, strict=True):
+                part = local(stored)
+                if leaf.data_ptr() != part.data_ptr():
+                    leaf.data = part.detach()
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Exactly the selected parameters require a gradient; everything is put back after."""
         self._check_mode()
+        if self.sharding is not None:
+            self._put_apart()
         before = _counted(self.model.parameters())
         batches = _counted(self._batches_at_hand())
         with (
@@ -433,6 +508,8 @@ class ModelObjective:
             requiring_grad(self.model, self.stored),
             gradients_put_aside(self.model, self.function_name),
             without_hooks(self.stored, self.model),
+            # FSDP and the like would gather the parameters that are gathered here.
+            contextlib.nullcontext() if self.sharding is None else hooks_of_engine_off(self.model),
         ):
             # A loader that shuffles, and perhaps drops the rest, gives every pass the same batches.
             seed_generators(self.space.device, ())
@@ -501,7 +578,7 @@ class ModelObjective:
                 kind.__qualname__: digest_of(kind.forward)
                 for kind in {type(module): None for module in self.model.modules()}
             },
-            "weights": {name: digest(tensor) for name, tensor in tensors},
+            "weights": {name: digest(self._whole(tensor)) for name, tensor in tensors},
             "analysed parameters": list(self.space.names),
             "training modes digest": digest_of(modes),
             "loss": f"{self._loss_name} {digest_of(self._loss)}",
@@ -518,7 +595,12 @@ class ModelObjective:
         return {
             "the model": f"{type(self.model).__name__}, digest {architecture(self.model)}",
             "the parameters that are analysed": ", ".join(self.space.names),
-            **{f"the numbers of {name!r}": digest(tensor) for name, tensor in tensors},
+            **{
+                f"the numbers of {name!r}": digest(tensor)
+                for name, tensor in tensors
+                # Of which each rank has another part.
+                if not is_spread(tensor)
+            },
             "the loss": self._loss_name,
             "reduction": self.reduction,
             "compute_dtype": str(self._compute_dtype),
@@ -542,6 +624,22 @@ class ModelObjective:
         if routers := discontinuous_modules(self.model):
             description["notes"] = [_routing_note(routers)]
         return description
+
+    def copies(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Of parameters in shards: which part this process has of each, and a digest of it."""
+        if self.sharding is None:
+            return {}
+        return {
+            name: (self.sharding.same_part(self.sharding.layout(p)), digest(local(p)))
+            for name, p in self.model.named_parameters()
+            if is_spread(p)
+        }
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        if self.sharding is None or not is_spread(tensor):
+            return tensor
+        (whole,) = self.sharding.gather([local(tensor).detach()], [self.sharding.layout(tensor)])
+        return whole
 
     def _batches_at_hand(self) -> list[Tensor]:
         """The tensors of a list of batches, which can be changed in place.
@@ -702,6 +800,16 @@ def _checked_loss(evaluate: Callable[[], Any], part: Part) -> Tensor:
         )
         raise NonFiniteError(msg)
     return value.reshape(())
+
+
+def _required(ranks: Ranks | None) -> Ranks:
+    if ranks is None:
+        msg = (
+            "the model's parameters are spread over processes (DTensor): pass process_group=True, "
+            "and make the same calls on every rank"
+        )
+        raise ArgumentError(msg)
+    return ranks
 
 
 def _counted(tensors: Iterable[Tensor]) -> list[int]:

@@ -48,6 +48,8 @@ class ParameterSpace(VectorSpace):
         The tensors' names, in the order of the flat vector.
     slices
         The place of each tensor in the flat vector, by name.
+    sizes
+        How many entries each tensor has, in order.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
@@ -64,6 +66,7 @@ class ParameterSpace(VectorSpace):
         for name, tensor in tensors.items():
             self.slices[name] = slice(start, start + tensor.numel())
             start += tensor.numel()
+        self.sizes = tuple(tensor.numel() for tensor in tensors.values())
         device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
         super().__init__(start, dtype, device)
 
@@ -80,6 +83,15 @@ class ParameterSpace(VectorSpace):
         ArgumentError
             A tensor is missing, superfluous, or has another shape than its parameter.
         """
+        flat, given = self.empty(), self._in_order(tensors)
+        for name, shape, tensor in zip(self.names, self.shapes, given, strict=True):
+            if tensor.shape != shape:
+                msg = f"{name!r} has shape {tuple(shape)}, got a tensor of {tuple(tensor.shape)}"
+                raise ArgumentError(msg)
+            flat[self.slices[name]] = tensor.detach().reshape(-1).to(flat)
+        return flat
+
+    def _in_order(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Sequence[Tensor]:
         if isinstance(tensors, Mapping):
             if set(tensors) != set(self.names):
                 odd = sorted(set(tensors) ^ set(self.names))
@@ -89,13 +101,7 @@ class ParameterSpace(VectorSpace):
         if len(tensors) != len(self.names):
             msg = f"expected {len(self.names)} tensors, one per parameter, got {len(tensors)}"
             raise ArgumentError(msg)
-        flat = self.empty()
-        for name, shape, tensor in zip(self.names, self.shapes, tensors, strict=True):
-            if tensor.shape != shape:
-                msg = f"{name!r} has shape {tuple(shape)}, got a tensor of {tuple(tensor.shape)}"
-                raise ArgumentError(msg)
-            flat[self.slices[name]] = tensor.detach().reshape(-1).to(flat)
-        return flat
+        return tensors
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat vector in the parameters' shapes, without copying."""
@@ -104,8 +110,8 @@ class ParameterSpace(VectorSpace):
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """The parts of a flat vector (n,) by parameter name, as views in the parameters' shapes."""
-        if flat.shape != (self.n,):
-            msg = f"expected a flat vector of shape ({self.n},), got {tuple(flat.shape)}"
+        if flat.shape != (self.length,):
+            msg = f"expected a flat vector of shape ({self.length},), got {tuple(flat.shape)}"
             raise ArgumentError(msg)
         return dict(zip(self.names, self.views(flat), strict=True))
 
@@ -122,8 +128,14 @@ class ParameterSpace(VectorSpace):
 
     def inner_by_parameter(self, x: Tensor, y: Tensor) -> np.ndarray:
         """(parameters,) float64 inner products of the parts of two vectors, in one transfer."""
-        parts = [dot(x[place], y[place]) for place in self.slices.values()]
-        found: np.ndarray = torch.stack(parts).cpu().numpy()
+        return self._by_parameter(lambda place: dot(x[place], y[place]))
+
+    def sums_by_parameter(self, vector: Tensor) -> np.ndarray:
+        """(parameters,) float64 sums over the entries of each parameter."""
+        return self._by_parameter(lambda place: vector[place].sum(dtype=torch.float64))
+
+    def _by_parameter(self, value: Callable[[slice], Tensor]) -> np.ndarray:
+        found: np.ndarray = torch.stack([value(p) for p in self.slices.values()]).cpu().numpy()
         return found
 
 
@@ -313,8 +325,6 @@ def _cannot_differentiate(parameter: Tensor) -> str | None:
         return f"has dtype {parameter.dtype}, which has no derivatives"
     if parameter.layout != torch.strided:
         return f"is stored as {parameter.layout}, and flat vectors need dense parameters"
-    if hasattr(parameter, "placements"):
-        return "is a DTensor, sharded over processes (gather it with .full_tensor() first)"
     if parameter.device.type == "meta":
         return "is on the meta device, without numbers (load the weights first)"
     if parameter.is_inference():

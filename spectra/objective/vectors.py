@@ -10,9 +10,10 @@ thousands of small ones: on the CPU entries that stand out are taken apart, in f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,8 @@ class VectorSpace:
         self, n: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
     ) -> None:
         self.n = n
+        self.length = n
+        """How many entries of a vector are here: all, but for vectors spread over processes."""
         self.dtype = dtype
         self.device = torch.device(device)
         self.ranks: Ranks | None = None
@@ -65,8 +68,8 @@ class VectorSpace:
 
     @property
     def vector_bytes(self) -> int:
-        """What one vector takes."""
-        return self.n * torch.finfo(self.dtype).bits // 8
+        """What one vector takes here."""
+        return self.length * torch.finfo(self.dtype).bits // 8
 
     def affordable(self, place: Place = "device") -> int:
         """How many vectors fit into half of what is free now, of memory or of the disk.
@@ -139,11 +142,11 @@ class VectorSpace:
 
     def zeros(self, *count: int) -> Tensor:
         """The zero vector (n,), or `count` of them as rows."""
-        return torch.zeros(*count, self.n, dtype=self.dtype, device=self.device)
+        return torch.zeros(*count, self.length, dtype=self.dtype, device=self.device)
 
     def empty(self, *count: int) -> Tensor:
         """Uninitialised memory for one vector, or for `count` rows."""
-        return torch.empty(*count, self.n, dtype=self.dtype, device=self.device)
+        return torch.empty(*count, self.length, dtype=self.dtype, device=self.device)
 
     def basis(self, count: int, place: Place | None = None) -> Tensor:
         """Memory for `count` rows at a place, by default where they fit.
@@ -155,11 +158,13 @@ class VectorSpace:
         """
         place = place or self.place_for(count)
         if place == "disk":
-            return places.rows_on_disk(count, self.n, self.dtype)
+            return places.rows_on_disk(count, self.length, self.dtype)
         if place == "host" and self.device.type != "cpu":
             # Pinned: only from there does the device fetch at full speed.
             pinned = self.device.type == "cuda"
-            return torch.empty(count, self.n, dtype=self.dtype, device="cpu", pin_memory=pinned)
+            return torch.empty(
+                count, self.length, dtype=self.dtype, device="cpu", pin_memory=pinned
+            )
         return self.empty(count)
 
     def local(self, row: Tensor) -> Tensor:
@@ -173,7 +178,7 @@ class VectorSpace:
             if not _elsewhere(rows, self.device) or self.place(len(rows))[0] != "device":
                 return rows
         basis = self.basis(len(rows))
-        for start in range(0, self.n, self._width):
+        for start in range(0, self.length, self._width):
             columns = slice(start, start + self._width)
             basis[:, columns].copy_(rows[:, columns])
         return basis
@@ -193,13 +198,49 @@ class VectorSpace:
             return basis[:count]
         return torch.index_select(basis[:count], 0, order.to(basis.device), out=rows)
 
+    def counted(self, rows: Tensor) -> Tensor:
+        """Those columns of rows (..., length) over which sums are taken here: all."""
+        return rows
+
+    def summed(self, partial: Tensor) -> Tensor:
+        """The sum over all processes that hold a part of a vector: here there is one."""
+        return partial
+
+    def own(self, whole: Tensor) -> Tensor:
+        """What is here (..., length) of whole vectors (..., n)."""
+        return whole
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Whole vectors (..., n), from what is here of them (..., length)."""
+        return part
+
+    def drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
+        """What is here of n numbers that `draw` makes one after the other, so many at a call."""
+        return draw(self.n).to(self.device)
+
+    def unit(self, place: int) -> Tensor:
+        """The unit vector of one of the n entries."""
+        vector = self.zeros()
+        vector[place] = 1.0
+        return vector
+
+    def entry(self, vector: Tensor, place: int) -> float:
+        """One of the n entries of a vector."""
+        return float(vector[place])
+
+    def sums_by_parameter(self, vector: Tensor) -> np.ndarray:
+        """(1,) float64: the sum over all entries, where these belong to no parameters."""
+        total = self.counted(vector).sum(dtype=torch.float64)
+        found: np.ndarray = self.summed(total.reshape(1)).cpu().numpy()
+        return found
+
     def inner(self, x: Tensor, y: Tensor) -> float:
         """Inner product of two vectors, multiplied and accumulated in float64."""
-        return float(dot(x, y))
+        return float(self.summed(dot(self.counted(x), self.counted(y))))
 
     def norm(self, x: Tensor) -> float:
         """Euclidean norm, accumulated in float64."""
-        if x.dtype == torch.float64:
+        if x.dtype == torch.float64 and self.length == self.n:
             return float(torch.linalg.vector_norm(x))
         # Squares of numbers in single precision neither overflow nor underflow in double, and
         # this is three times as fast as `vector_norm` with a dtype.
@@ -209,21 +250,21 @@ class VectorSpace:
         """Inner products (m,) float64 of the rows of `basis` (m, n) with `x` (n,)."""
         exact, on_cpu = x.dtype == torch.float64, x.device.type == "cpu"
         total = torch.zeros(basis.shape[0], dtype=torch.float64, device=x.device)
-        for columns, rows in self.blocks(basis):
+        for columns, rows in self.blocks(self.counted(basis)):
             part = x[columns]
             if on_cpu and not exact and (large := _large_entries(part)) is not None:
                 total += rows[:, large].double() @ part[large].double()
                 part = part.index_fill(0, large, 0.0)
             total += torch.mv(rows, part)
-        return total
+        return self.summed(total)
 
     def gram(self, basis: Tensor) -> Tensor:
         """Inner products (m, m) float64 of the rows of `basis` with one another."""
         total = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=self.device)
-        for _, rows in self.blocks(basis):
+        for _, rows in self.blocks(self.counted(basis)):
             exact = rows.double()
             total.addmm_(exact, exact.T)
-        return total
+        return self.summed(total)
 
     def combine(self, basis: Tensor, coefficients: Tensor) -> Tensor:
         """Linear combination (n,) of the rows of `basis` (m, n) with `coefficients` (m,)."""
@@ -272,10 +313,11 @@ class VectorSpace:
             width = min(width, max(_BLOCK, _COPIED // max(len(basis), 1)))
         if on_disk:
             places.read_ahead(basis[:, :width])
-        for start in range(0, self.n, width):
-            columns = slice(start, start + width)
+        length = basis.shape[1]
+        for start in range(0, length, width):
+            columns = slice(start, min(start + width, length))
             rows = basis[:, columns]
-            if on_disk and start + width < self.n:
+            if on_disk and start + width < length:
                 places.read_ahead(basis[:, start + width : start + 2 * width])
             if elsewhere:
                 rows = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)

@@ -86,7 +86,7 @@ class SymmetricOperator(LinearOperator):
         ----------
         vectors
             One vector (n,) or k of them as columns (n, k), of the operator's dtype and on its
-            device.
+            device. Where parameters are spread over processes, this one's part of each.
 
         Returns
         -------
@@ -138,10 +138,9 @@ class SymmetricOperator(LinearOperator):
         chunk = max(1, min(n, (1 << 24) // max(n, 1)))
         for start in range(0, n, chunk):
             stop = min(start + chunk, n)
-            units = self.space.zeros(stop - start)
-            units[range(stop - start), range(start, stop)] = 1.0
+            units = torch.stack([self.space.unit(i) for i in range(start, stop)])
             columns[start:stop] = self._checked_products(units)
-        return columns.T
+        return self.space.whole(columns).T
 
     # --- SciPy's contract --------------------------------------------------------------------
 
@@ -211,8 +210,8 @@ class SymmetricOperator(LinearOperator):
         return self._matmat(np.asarray(x).reshape(-1, 1)).reshape(-1)
 
     def _matmat(self, X: np.ndarray) -> np.ndarray:
-        rows = self.from_numpy(X.T)
-        products: np.ndarray = self._checked_products(rows).cpu().numpy().T
+        rows = self.space.own(self.from_numpy(X.T))
+        products: np.ndarray = self.space.whole(self._checked_products(rows)).cpu().numpy().T
         return products
 
     def _adjoint(self) -> SymmetricOperator:
@@ -243,10 +242,13 @@ class SymmetricOperator(LinearOperator):
         if not isinstance(vectors, Tensor):
             msg = f"apply() takes torch tensors, got a {type(vectors).__name__}; use H @ x"
             raise ArgumentTypeError(msg)
-        if vectors.dim() not in {1, 2} or vectors.shape[0] != space.n:
+        if vectors.dim() not in {1, 2} or vectors.shape[0] != space.length:
+            spread = ""
+            if space.length != space.n:
+                spread = f", this rank's part of n = {space.n} (H.space.own(whole) takes it)"
             msg = (
-                f"expected a vector of shape ({space.n},) or columns of shape ({space.n}, k), got "
-                f"{tuple(vectors.shape)}"
+                f"expected a vector of shape ({space.length},) or columns of shape "
+                f"({space.length}, k){spread}, got {tuple(vectors.shape)}"
             )
             raise ArgumentError(msg)
         if vectors.dtype != space.dtype:
@@ -261,11 +263,12 @@ class SymmetricOperator(LinearOperator):
         self.matvecs += len(rows)
         # One pass: a sum of numbers is finite only if all of them are, or so large that the sum
         # overflows, which the closer look clears.
-        if bool(torch.isfinite(products.sum())):
+        space = self.space
+        if bool(torch.isfinite(space.summed(products.sum()))):
             return products
-        bad = (~torch.isfinite(products)).sum(dim=1)
+        bad = space.summed((~torch.isfinite(products)).sum(dim=1))
         if bool(bad.any()):
-            if not bool(torch.isfinite(rows).all()):
+            if bool(space.summed((~torch.isfinite(rows)).sum())):
                 msg = "the vector to multiply holds nan or inf"
                 raise NonFiniteError(msg)
             first = int(bad.nonzero()[0])

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectra.distributed.collectives import everywhere, ranks_of
+from spectra.distributed.sharding import spread_tensors
 from spectra.errors import ArgumentTypeError, NonFiniteError, SpectraError
 from spectra.objective.batches import reiterable
 from spectra.objective.objective import FunctionObjective, ModelObjective, Objective
@@ -145,7 +146,9 @@ class HessianOperator(SymmetricOperator):
         dtype: torch.dtype | None = None,
         process_group: dist.ProcessGroup | bool | None = None,
     ) -> None:
-        ranks = ranks_of(process_group)
+        spread = bool(spread_tensors(model))
+        # Parameters in shards are those of all processes.
+        ranks = ranks_of(True if spread and process_group is None else process_group)
         model, wrapped = (model, None) if ranks is None else _without_wrapper(model)
 
         def restricted_to(
@@ -164,7 +167,7 @@ class HessianOperator(SymmetricOperator):
                 dtype=computing_in or dtype,
                 compute_dtype=computing_in or compute_dtype,
                 linearised=linearised,
-                may_be_empty=ranks is not None,
+                ranks=ranks,
             )
 
         # Not through self: a function that holds the operator that holds it is a cycle.

@@ -306,13 +306,16 @@ def _diagonal(operator: SymmetricOperator, given: Any, what: str) -> Tensor:
         flat = given.detach().to(device=space.device, dtype=space.dtype, copy=True)
     elif isinstance(given, np.ndarray | list | tuple):
         flat = operator.from_numpy(given).clone()
+        if flat.shape == (space.n,):
+            flat = space.own(flat)
     else:
         msg = f"{what} is a {type(given).__name__}; expected a vector (n,), torch or NumPy"
         raise ArgumentTypeError(msg)
-    if flat.shape != (space.n,):
-        msg = f"{what} has shape {tuple(flat.shape)}; expected ({space.n},), one for each dimension"
+    n = space.length
+    if flat.shape != (n,):
+        msg = f"{what} has shape {tuple(flat.shape)}; expected ({n},), one for each dimension"
         raise ArgumentError(msg)
-    if not bool(torch.isfinite(flat).all()):
+    if bool(space.summed((~torch.isfinite(flat)).sum())):
         msg = f"{what} holds nan or inf"
         raise NonFiniteError(msg)
     return flat
@@ -367,6 +370,12 @@ def _basis(operator: SymmetricOperator, given: Any) -> Tensor:
 def _orthonormalised(operator: SymmetricOperator, columns: Tensor) -> Tensor:
     """Orthonormal rows (k, n) that span the columns one after the other."""
     space = operator.space
+    if space.length != space.n:
+        msg = (
+            "a basis is made orthonormal on one process, and the vectors of this operator are "
+            "spread over several; eigenvectors of it are orthonormal: pass the Eigenpairs"
+        )
+        raise ArgumentError(msg)
     if not columns.shape[1]:
         msg = "the basis has no columns; give at least one"
         raise ArgumentError(msg)

@@ -1,10 +1,11 @@
-"""How does a model stored in half precision compute in another one, and give products in that?
+"""How does a model compute that is stored in half precision, or spread over processes?
 
-Parameters stay as they are. Each block gets copies of its own in the wanted dtype inside of a
-segment, so that they live as long as it is computed; what is outside of blocks has copies for as
-long as products are computed. What is differentiated by are stand-ins of the wanted dtype: zeros in
-the shapes of the parameters, which take no memory and are added to the copies. A gradient by a
-parameter in bfloat16 would be rounded to bfloat16.
+Parameters stay as they are. Each block gets copies of its own, in the wanted dtype and whole,
+inside of a segment, so that they live as long as it is computed; what is outside of blocks has
+copies for as long as products are computed. What is differentiated by are stand-ins. For another
+dtype these are zeros in the shapes of the parameters, which take no memory and are added to the
+copies: a gradient by a parameter in bfloat16 would be rounded to bfloat16. For parameters that are
+spread they are the shards on this process, of which the copies are gathered.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from spectra.distributed.sharding import Sharding, is_spread, local
 from spectra.errors import LossError
 from spectra.objective.nodes import graph_nodes
 from spectra.oracle.recompute import Site, run_segment
@@ -32,9 +34,11 @@ class Casting:
     Parameters
     ----------
     model
-        With parameters of any floating dtypes.
+        With parameters of any floating dtypes, whole or in shards.
     dtype
-        Of the copies.
+        Of the copies; None for that of the parameters.
+    sharding
+        How the parameters are spread, if they are.
     stand_ins
         What is differentiated by in place of a parameter, for those that are analysed.
     blocks
@@ -44,12 +48,14 @@ class Casting:
     def __init__(
         self,
         model: nn.Module,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         stand_ins: dict[Tensor, Tensor],
         blocks: Iterable[nn.Module],
+        sharding: Sharding | None = None,
     ) -> None:
         self._model = model
         self.dtype = dtype
+        self._sharding = sharding
         self._stand_ins = stand_ins
         self.sites: dict[nn.Module, Site] = {}
         # Outside of the blocks: embeddings, a last norm, the head. Their copies are made once for
@@ -68,7 +74,7 @@ class Casting:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the model computes in the wanted dtype."""
+        """Within it the model computes on copies."""
         segments = [
             (module, "forward", self._casted(site, module, module.forward))
             for module, site in self.sites.items()
@@ -88,10 +94,15 @@ class Casting:
             variable = getattr(node, "variable", None)
             if variable is not None and variable in self._stand_ins:
                 name = next(n for n, p in self._model.named_parameters() if p is variable)
+                what, cure = (
+                    ("compute_dtype does", "convert the whole model with model.float()")
+                    if self._sharding is None
+                    else ("the gathering of shards does", "take recompute='none'")
+                )
                 msg = (
                     f"parameter {name!r} is used outside of the module that holds it, where "
-                    "compute_dtype does not reach it; call that module, convert the whole model "
-                    "with model.float(), or leave the parameter out with params="
+                    f"{what} not reach it; call that module, {cure}, or leave the parameter out "
+                    "with params="
                 )
                 raise LossError(msg)
 
@@ -122,19 +133,29 @@ class Casting:
     def _copies(
         self, modules: list[nn.Module], stand_ins: dict[Tensor, Tensor]
     ) -> dict[Tensor, Tensor]:
-        """Parameters and buffers in the wanted dtype, by the tensors that they replace."""
+        """Parameters and buffers as they are computed with, by the tensors that they replace."""
         copies: dict[Tensor, Tensor] = {}
         for module in modules:
             for tensor in [*module._parameters.values(), *module._buffers.values()]:
-                if tensor is None or tensor in copies or not tensor.is_floating_point():
+                if tensor is None or tensor in copies:
                     continue
-                copy = tensor.detach().to(self.dtype)
-                copies[tensor] = copy + stand_ins[tensor] if tensor in stand_ins else copy
-        return copies
+                if self.dtype is not None and tensor.is_floating_point():
+                    copy = local(tensor).detach().to(self.dtype)
+                    copies[tensor] = copy + stand_ins[tensor] if tensor in stand_ins else copy
+                elif self._sharding is not None:
+                    copies[tensor] = stand_ins.get(tensor, local(tensor).detach())
+        return copies if self._sharding is None else self._gathered(copies, self._sharding)
+
+    def _gathered(self, copies: dict[Tensor, Tensor], sharding: Sharding) -> dict[Tensor, Tensor]:
+        """The whole of each, all in one go; those that are no parameters in shards, as they are."""
+        chosen = [t for t in copies if is_spread(t) or copies[t].requires_grad]
+        layouts = [sharding.layout(tensor) for tensor in chosen]
+        wholes = sharding.gather([copies[tensor] for tensor in chosen], layouts)
+        return {**copies, **dict(zip(chosen, wholes, strict=True))}
 
     def _refuse_rounded(self, value: Any, site: Site) -> None:
         """Refuse an activation that has lost the digits on its way between the modules."""
-        if not (isinstance(value, Tensor) and value.requires_grad):
+        if self.dtype is None or not (isinstance(value, Tensor) and value.requires_grad):
             return
         if torch.promote_types(value.dtype, self.dtype) != value.dtype:
             msg = (

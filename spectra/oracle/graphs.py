@@ -123,7 +123,7 @@ class Graphs:
                 keep = place in self._fitting if decided else self.policy != "fresh"
             yield graph, keep
             if keep and room is not None:
-                keep = room.takes_one() or self.policy == "retained"
+                keep = self._agreed(fits=room.takes_one()) or self.policy == "retained"
             if keep:
                 kept[place] = graph
             else:
@@ -135,6 +135,13 @@ class Graphs:
         if room is not None:
             self._bytes = room.used if self.policy == "auto" else room.growth()
         self._state = None
+
+    def _agreed(self, *, fits: bool) -> bool:
+        """Whether it fits on all processes, where these compute in step."""
+        ranks = self._objective.space.ranks
+        if self._objective.sharding is None or ranks is None:
+            return fits
+        return all(row[0] for row in ranks.meet("whether a graph fits", [float(fits)]))
 
     def settle(self) -> None:
         """Note the state that the graphs belong to, once everything is back as it was found."""

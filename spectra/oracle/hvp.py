@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from spectra.distributed.collectives import Ranks
+from spectra.distributed.sharding import refuse_other_copies
 from spectra.errors import ArgumentError, DataError, LossError, SpectraError
 from spectra.journal import check_numbers
 from spectra.objective.memory import memory_ran_out
@@ -100,6 +101,9 @@ class HvpOracle:
         self._state: Any = None
         self._ranks = ranks
         self._weights = Fingerprint(objective)
+        if objective.sharding is not None:
+            assert ranks is not None
+            refuse_other_copies(ranks, objective.copies())
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L and its gradient, flat (n,): from kept graphs, or in a pass of ordinary gradients."""
@@ -144,7 +148,7 @@ class HvpOracle:
         gradient = space.empty()
         sum_ = _WeightedSum(gradient, space.views(gradient))
         for graph in graphs:
-            sum_.add(graph.gradients, graph.part.weight)
+            sum_.add(graph.gradients, self._weight(graph.part))
             tally.add(graph.part, graph.value, depends=graph.depends)
         return _Sums(tally, [gradient], [sum_])
 
@@ -186,6 +190,9 @@ class HvpOracle:
 
     def _in_the_memory_there_is(self, compute: Callable[[], T]) -> T:
         """The result of a pass, in ever cheaper settings until it does not run out of memory."""
+        if self.objective.sharding is not None:
+            # The others are in the middle of the same pass.
+            return compute()
         while True:
             with contextlib.suppress(_TryAgain):
                 return self._tried(compute)
@@ -236,7 +243,9 @@ class HvpOracle:
     ) -> tuple[T, list[list[float]]]:
         """As `Ranks.together`, where weights and vectors have to be the same on all ranks."""
         assert self._ranks is not None
-        vectors = [0.0, 0.0] if given is None else check_numbers(given)
+        # Of vectors in shards every rank has another part.
+        whole = given is not None and self.objective.sharding is None
+        vectors = check_numbers(given) if given is not None and whole else [0.0, 0.0]
         return self._ranks.together(
             what,
             [self._weights.number(), *vectors],
@@ -250,7 +259,8 @@ class HvpOracle:
     def _finish(self, sums: _Sums, tally: Tally) -> float:
         """Turn sums over the data of this rank into means over that of all; their normaliser."""
         normaliser = self._normaliser(tally)
-        if self._ranks is not None:
+        # Where parameters are in shards each part was summed over the ranks by its derivative.
+        if self._ranks is not None and self.objective.sharding is None:
             for sum_ in sums.sums:
                 sum_.weigh()
             for out in sums.outs:
@@ -271,7 +281,7 @@ class HvpOracle:
                 for i, (sum_, direction) in enumerate(zip(sums, directions, strict=True)):
                     keep = kept or i + 1 < len(directions)
                     products = self._second_derivative(graph, direction, keep_graph=keep)
-                    sum_.add(products, graph.part.weight)
+                    sum_.add(products, self._weight(graph.part))
                 tally.add(graph.part, graph.value, depends=graph.depends)
         return _Sums(tally, [out], sums)
 
@@ -321,7 +331,7 @@ class HvpOracle:
                 for i, (places, direction, sum_) in enumerate(work):
                     keep = kept or i + 1 < len(work)
                     terms = self._second_derivative(graph, direction, keep_graph=keep, of=places)
-                    sum_.add(terms, graph.part.weight)
+                    sum_.add(terms, self._weight(graph.part))
                 tally.add(graph.part, graph.value, depends=graph.depends)
         return _Sums(tally, outs, [sum_ for _, _, sum_ in work])
 
@@ -339,6 +349,12 @@ class HvpOracle:
         LossError, NonFiniteError, DoubleBackwardError
             As `products` does.
         """
+        if self.objective.sharding is not None:
+            msg = (
+                "the parts of the data curve by themselves only where each process has all "
+                "parameters, and these are in shards; compute it on an unsharded model"
+            )
+            raise ArgumentError(msg)
         weights, forms = np.zeros(0), np.zeros((0, len(vectors)))
 
         def compute() -> _Sums:
@@ -430,12 +446,12 @@ class HvpOracle:
 
     @contextlib.contextmanager
     def _evaluating(
-        self, displacement: Tensor | None = None, *, compared: bool = True
+        self, displacement: Tensor | None = None, *, compared: bool = True, products: bool = False
     ) -> Iterator[None]:
         """Within it losses are evaluated and differentiated, at θ or beside it.
 
         Their sum is compared with that of earlier passes, unless it has to be another, or is itself
-        looked at.
+        looked at. `products`: graphs that are kept are of use.
         """
         kind = self.objective.space.device.type
         beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -451,7 +467,7 @@ class HvpOracle:
             contextlib.nullcontext() if self._tf32 else full_float32(kind),
             # Around the backward too: what is recomputed runs forward passes there.
             self._attention.differentiable(),
-            self._plan.applied(),
+            self._plan.applied(forward=not (products and self._graphs.all_kept())),
         ):
             yield
 
@@ -465,7 +481,7 @@ class HvpOracle:
     @contextlib.contextmanager
     def _pass(self) -> Iterator[Iterator[tuple[GradientGraph, bool]]]:
         with _ONE_AT_A_TIME:
-            with self._evaluating():
+            with self._evaluating(products=True):
                 yield self._graphs.each(self._gradient_graph)
             self._graphs.settle()
 
@@ -497,6 +513,10 @@ class HvpOracle:
             return torch.autograd.grad(
                 loss, self.objective.parameters, create_graph=create_graph, allow_unused=True
             )
+
+    def _weight(self, part: Part) -> float:
+        """With which the derivatives of a part are added up."""
+        return part.weight if self.objective.sharding is None else 1.0
 
     def _second_derivative(
         self,
@@ -557,6 +577,9 @@ class HvpOracle:
     @contextlib.contextmanager
     def _differentiating(self, part: Part) -> Iterator[None]:
         """Within it a derivative is taken; PyTorch's errors get the name of the module."""
+        if self.objective.sharding is not None:
+            # What comes back is the sum over the ranks.
+            self.objective.sharding.weight = part.weight
         try:
             with autocast_off(self.objective.space.device.type):
                 yield

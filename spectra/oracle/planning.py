@@ -26,6 +26,7 @@ from spectra.oracle.segments import (
     attributes_replaced,
     caches_switched_off,
     chosen_modules,
+    layers_in_lists,
     recomputing,
     routed_checkpoints,
 )
@@ -73,12 +74,15 @@ class Plan:
         self._objective = objective
         self._budget = memory_budget
         modules = chosen_modules(objective.model, recompute)
+        sharding = objective.sharding
+        if sharding is not None and recompute == "auto" and not modules:
+            modules = layers_in_lists(objective.model)
         self._casting: Casting | None = None
-        if compute_dtype is not None:
+        if compute_dtype is not None or sharding is not None:
             assert objective.model is not None
             stand_ins = dict(zip(objective.stored, objective.parameters, strict=True))
             blocks = list(modules.values())
-            self._casting = Casting(objective.model, compute_dtype, stand_ins, blocks)
+            self._casting = Casting(objective.model, compute_dtype, stand_ins, blocks, sharding)
         self._automatic = recompute == "auto" and self._casting is None
         self._sites: dict[nn.Module, Site] = (
             self._casting.sites
@@ -92,20 +96,24 @@ class Plan:
         # Looked for once: to search a large model in every pass takes as long as a small product.
         self._checkpoints: list[tuple[Any, str, Any]] | None = None
         self._caches: list[tuple[Any, str, Any]] = []
-        self._decided = False
+        # What fits on one process may not on another one, and all compute in step.
+        self._decided = sharding is not None
         # Of the part that was looked at last: how many pieces it can be split into.
         self._samples = 0
         self._reasons: list[str] = []
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within it the blocks are recomputed, if that is the plan."""
+    def applied(self, *, forward: bool = True) -> Iterator[None]:
+        """Within it the blocks are recomputed, if that is the plan.
+
+        Without `forward` passes, which kept graphs need none of, only what is in the blocks runs.
+        """
         if self._checkpoints is None:
             self._checkpoints = routed_checkpoints(self._objective.model)
             self._caches = caches_switched_off(self._objective.model)
         with attributes_replaced(self._checkpoints):
             if self.recomputes or self._casting is not None:
-                with attributes_replaced(self._caches), self._as_segments():
+                with attributes_replaced(self._caches), self._as_segments(forward=forward):
                     yield
             else:
                 yield
@@ -150,8 +158,13 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """What was chosen and why, for the provenance of results."""
         chosen: dict[str, Any] = {}
-        if self._casting is not None:
+        if self._casting is not None and self._casting.dtype is not None:
             chosen["compute_dtype"] = str(self._casting.dtype).removeprefix("torch.")
+        if self._objective.sharding is not None:
+            chosen["sharded"] = {
+                "over": self._objective.sharding.mesh,
+                "gathered by itself": f"{len(self._sites)} blocks",
+            }
         if self.recomputes or self._reasons:
             chosen["recompute"] = {"blocks": len(self._sites) if self.recomputes else 0}
         if self._reasons:
@@ -215,8 +228,10 @@ class Plan:
             for hook in hooks:
                 hook.remove()
 
-    def _as_segments(self) -> contextlib.AbstractContextManager[None]:
-        return recomputing(self._sites) if self._casting is None else self._casting.applied()
+    def _as_segments(self, *, forward: bool) -> contextlib.AbstractContextManager[None]:
+        if self._casting is None:
+            return recomputing(self._sites)
+        return self._casting.applied() if forward else contextlib.nullcontext()
 
     def _bytes_of_vectors(self) -> int:
         space = self._objective.space

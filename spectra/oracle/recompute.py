@@ -28,6 +28,7 @@ from torch import Tensor, overrides
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from spectra.distributed.sharding import values_not_wanted
 from spectra.errors import ArgumentTypeError, DoubleBackwardError, SpectraError
 from spectra.objective.chunks import is_traced
 from spectra.objective.memory import SavedBytes, memory_ran_out
@@ -340,7 +341,8 @@ class _Derivative:
             msg = f"{self.site.name} is not compiled, because what it computes again would be kept"
             raise DoubleBackwardError(msg)
         count = len(self._needed)
-        outputs = self.of.evaluate(leaves[:count], create_graph=True)
+        with values_not_wanted():
+            outputs = self.of.evaluate(leaves[:count], create_graph=True)
         pairs = [
             (output, cotangent)
             for output, cotangent in zip(outputs, leaves[count:], strict=True)

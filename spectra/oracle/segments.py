@@ -22,6 +22,7 @@ __all__ = [
     "attributes_replaced",
     "caches_switched_off",
     "chosen_modules",
+    "layers_in_lists",
     "recomputing",
     "repeated_blocks",
     "routed_checkpoints",
@@ -94,6 +95,19 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     are of one class; the outermost such containers count.
     """
     return dict(_search_blocks("", model))
+
+
+def layers_in_lists(model: nn.Module | None) -> dict[str, nn.Module]:
+    """The members of lists of modules that have parameters: those of a perceptron, say."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules() if model is not None else ():
+        for key, child in module.named_children():
+            if isinstance(module, _CONTAINERS) and not isinstance(child, _CONTAINERS):
+                place = f"{name}.{key}" if name else key
+                inner = any(place.startswith(f"{outer}.") for outer in found)
+                if not inner and next(child.parameters(), None) is not None:
+                    found[place] = child
+    return found
 
 
 def _search_blocks(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

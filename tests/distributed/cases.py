@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import spectra
+from spectra.distributed import shard
 from tests.cases.checkpoints import SIZES
 from tests.cases.networks import TinyGPT, tanh_mlp
 
@@ -100,6 +101,14 @@ def spread(name: str, rank: int, size: int, dtype: torch.dtype = torch.float64) 
     return spectra.HessianOperator(model, loss, shares(data, size)[rank], process_group=True)
 
 
+def sharded(
+    name: str, rank: int, size: int, dtype: torch.dtype = torch.float64, **options: Any
+) -> Any:
+    """The operator of one rank, which has a part of the parameters and of the data."""
+    model, loss, data = problem(name, dtype)
+    return spectra.HessianOperator(shard(model), loss, shares(data, size)[rank], **options)
+
+
 def directions(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Two vectors, the same everywhere."""
     generator = torch.Generator().manual_seed(5)
@@ -128,6 +137,31 @@ def products(rank: int, size: int) -> Any:
             H.apply(V[:, 0].contiguous())
             calls = [b - a for a, b in zip(before, H.collective_calls(), strict=True)]
             found[f"{name} {dtype}"] = {**answer, "calls": calls, "n": H.space.n}
+    return found
+
+
+@case
+def sharded_products(rank: int, size: int) -> Any:
+    """Of every problem in both precisions, with value, gradient, and what it cost."""
+    found = {}
+    for name in PROBLEMS:
+        for dtype in (torch.float64, torch.float32):
+            for graph in ("fresh", "retained"):
+                H = sharded(name, rank, size, dtype, graph=graph)
+                space = H.space
+                V = space.own(directions(space.n, dtype).T).T.contiguous()
+                answer = {
+                    "products": space.whole(H.apply(V).T).T,
+                    "value": H.value(),
+                    "gradient": space.whole(H.gradient()),
+                    "again": space.whole(H.apply(V).T).T,
+                    "numpy": H @ directions(space.n, dtype).numpy(),
+                    "length": space.length,
+                }
+                before = H.collective_calls()
+                H.apply(V[:, 0].contiguous())
+                calls = [b - a for a, b in zip(before, H.collective_calls(), strict=True)]
+                found[f"{name} {dtype} {graph}"] = {**answer, "calls": calls, "n": space.n}
     return found
 
 
