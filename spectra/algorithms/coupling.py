@@ -219,8 +219,7 @@ def block_coupling(
                 for b, product in enumerate(products, start):
                     for a, other in enumerate(blocks):
                         part = blocks.restricted(product, other)
-                        size = float(torch.linalg.vector_norm(part, dtype=torch.float64))
-                        sample[a, b] = size**2
+                        sample[a, b] = blocks.norm(part, other) ** 2
     # Both orders estimate the same number.
     samples = (samples + samples.transpose(0, 2, 1)) / 2
     return BlockCoupling(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from spectra.distributed.collectives import Ranks
 from spectra.errors import ArgumentError, ArgumentTypeError
@@ -40,7 +41,8 @@ def resumable(question: Callable[P, R]) -> Callable[P, R]:
         bound = signature.bind(*args, **options)
         bound.apply_defaults()
         if ranks is not None:
-            _agree(question.__name__, ranks, bound.arguments)
+            spread = bound.arguments["H"].space.spread
+            _agree(question.__name__, ranks, bound.arguments, spread=spread)
             if bound.arguments["checkpoint"] is None:
                 return question(*args, **options)
         path = _path(bound.arguments["checkpoint"])
@@ -60,12 +62,14 @@ def _ranks_of(H: Any) -> Ranks | None:
     return H.space.ranks if isinstance(H, SymmetricOperator) else None
 
 
-def _agree(question: str, ranks: Ranks, arguments: dict[str, Any]) -> None:
+def _agree(question: str, ranks: Ranks, arguments: dict[str, Any], *, spread: bool) -> None:
     """Ask all ranks whether they begin the same question with the same options."""
     told = {
         f"the option {name}": text if len(text := _in_words(value)) < 40 else digest_of(text)
         for name, value in arguments.items()
         if name != "H" and name not in _WITHOUT_EFFECT
+        # Of vectors that are spread over the ranks each has another part.
+        if not (spread and isinstance(value, Tensor | Result))
     }
     ranks.together(question, [fingerprint(told)], lambda: (None, ()), lambda: told)
 

@@ -63,8 +63,7 @@ class Ledger:
         self.matvecs: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         if self._most_seconds is not None:
-            probe = operator.space.zeros()
-            probe[0] = 1.0
+            probe = operator.space.unit(0)
             # The first product pays for what later ones find ready.
             for _ in range(_TIMED):
                 begun = clock()

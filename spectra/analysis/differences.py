@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,10 +131,9 @@ def rounding_of(operator: HessianOperator) -> float:
 
 def size(operator: HessianOperator) -> float:
     """Norm of the weights, as the unit of a step."""
-    stored = operator.objective.stored
-    norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64) for p in stored]
+    space = operator.space
     # Weights that are all zero have no size.
-    return math.hypot(*map(float, norms)) or math.sqrt(operator.space.n)
+    return space.norm(space.flatten(operator.objective.stored)) or math.sqrt(space.n)
 
 
 def _compared(operator: HessianOperator, known: Product, limit: float) -> Differences:
@@ -157,16 +157,15 @@ def _compared(operator: HessianOperator, known: Product, limit: float) -> Differ
         if relative < found.relative:
             found.relative, found.step = relative, step
         allowed = rounding + known.noise * length
-        for name, place in space.slices.items():
-            own = _off(operator, product[place], difference[place], allowed)
-            found.worst[name] = min(own, found.worst.get(name, math.inf))
+        off = difference - product
+        squares = [space.inner_by_parameter(x, x) for x in (product, difference, off)]
+        for name, expected, measured, apart in zip(
+            space.names, *map(np.sqrt, squares), strict=True
+        ):
+            # Relative to the parameter's own part, beyond what rounding explains.
+            largest = max(expected, measured)
+            own = max(0.0, apart - allowed) / largest if largest else 0.0
+            found.worst[name] = min(float(own), found.worst.get(name, math.inf))
         if not found.disagreeing:
             break
     return found
-
-
-def _off(operator: HessianOperator, expected: Tensor, measured: Tensor, allowed: float) -> float:
-    """Relative difference of one parameter's part, beyond what rounding explains."""
-    space = operator.space
-    largest = max(space.norm(expected), space.norm(measured))
-    return max(0.0, space.norm(measured - expected) - allowed) / largest if largest else 0.0

@@ -38,8 +38,9 @@ def agreement(
     """
     space, check = operator.space, "gradient differences"
     v = known.vector.clone()
-    for place in space.slices.values():
-        if not known.product[place].any() and not gradient[place].any():
+    moving = space.any_by_parameter(known.product) | space.any_by_parameter(gradient)
+    for place, moves in zip(space.slices.values(), moving, strict=True):
+        if not moves:
             v[place] = 0.0
     found = compare(operator, Product(v, known.product, known.large, known.noise))
     if not found.worst:
@@ -63,7 +64,8 @@ def _disagreement(
 ) -> Finding:
     """An error where a derivative was swallowed, else a warning: H may be right all the same."""
     space, bad = operator.space, found.disagreeing
-    swallowed = [name for name in bad if not known.product[space.slices[name]].any()]
+    curved = dict(zip(space.names, space.any_by_parameter(known.product), strict=True))
+    swallowed = [name for name in bad if not curved[name]]
     kinks = [*_kinks(operator), *(f"module {name!r}" for name in _routers(operator))]
     # In single precision a gradient that is constant between kinks seems to move.
     certain = swallowed and (space.dtype == torch.float64 or found.in_double or not kinks)
@@ -145,12 +147,10 @@ def parameters(
     """
     space = operator.space
     # Rows of zeros whose gradient moves are a case of `agreement`.
-    flat = [
-        name
-        for name, place in space.slices.items()
-        if not product[place].any() and name not in found.disagreeing
-    ]
-    unused = [name for name in flat if not gradient[space.slices[name]].any()]
+    curved = dict(zip(space.names, space.any_by_parameter(product), strict=True))
+    moved = dict(zip(space.names, space.any_by_parameter(gradient), strict=True))
+    flat = [name for name in space.names if not curved[name] and name not in found.disagreeing]
+    unused = [name for name in flat if not moved[name]]
     linear = [name for name in flat if name not in unused]
     # A gradient that is zero where there is a path from the loss is an answer.
     cut = _without_path(operator, unused) if unused else []

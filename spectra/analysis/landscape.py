@@ -260,12 +260,12 @@ def _rows(
     operator: HessianOperator, directions: Any, *, plane: bool
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Directions as rows of length one, and what they are."""
-    n = operator.space.n
-    values = None
+    space, values = operator.space, None
     if isinstance(directions, Eigenpairs):
         refuse_scaled(directions, operator)
         values, directions = directions.values, directions.vectors
-    directions = _real_numbers(directions)
+    given, directions = directions, _real_numbers(directions)
+    n = space.length if isinstance(given, Tensor) else space.n
     columns = directions.unsqueeze(1) if directions.dim() == 1 else directions
     if columns.dim() != 2 or columns.shape[0] != n or columns.shape[1] < 1 + plane:
         msg = (
@@ -275,6 +275,7 @@ def _rows(
         raise ArgumentError(msg)
     rows = columns.T[:2] if plane else columns.T
     rows = rows.to(operator.space.zeros()).clone()
+    rows = rows if isinstance(given, Tensor) else space.own(rows)
     for i, row in enumerate(rows):
         _normalise(operator, row, f"direction {i} is of length zero, or not finite; give others")
     if plane:

@@ -241,12 +241,13 @@ def _start(
     vectors: Tensor | None, operator: SymmetricOperator, seed: int, step: int
 ) -> Tensor | None:
     """Earlier vectors and a random one as columns, whose sum is where a search starts."""
-    if vectors is None or not vectors.shape[1] or len(vectors) != operator.space.n:
+    space = operator.space
+    if vectors is None or not vectors.shape[1] or len(vectors) != space.length:
         return None
     state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]) >> 1)
-    random = torch.randn(len(vectors), 1, generator=generator, dtype=vectors.dtype)
-    return torch.cat([vectors, random.to(vectors)], dim=1)
+    random = space.drawn(lambda count: torch.randn(count, generator=generator, dtype=vectors.dtype))
+    return torch.cat([vectors, random.to(vectors)[:, None]], dim=1)
 
 
 def _go_on(result: Result) -> None:

@@ -241,6 +241,7 @@ class _FirstGradient:
         # Kept graphs give it away for nothing.
         warm = operator.matvecs > 0
         seconds, found = _timed(operator.space.device, operator.value_and_gradient)
+        seconds = operator.space.agreed(seconds)
         self.value, self.gradient = found
         self.gradients = 0 if warm else 1
         if not warm and seconds < _SLOW:

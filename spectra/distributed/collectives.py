@@ -29,6 +29,13 @@ _GIVEN = 3
 _FAILED, _FINE = 1.0, 0.0
 
 
+# As they are called since PyTorch 2.13, or before; both are missing where it was built without.
+_all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+_reduce_scatter: Any = getattr(
+    dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None)
+)
+
+
 class Ranks:
     """The processes of a group, as seen from one of them.
 
@@ -67,13 +74,13 @@ class Ranks:
         """The tensors of all ranks of a part of the group, one after the other in `out`."""
         self.meet(f"gathering {mine.numel()} numbers")
         self._count(mine, times=len(out) // max(len(mine), 1) - 1)
-        self._reached(lambda: dist.all_gather_into_tensor(out, mine, group=group))
+        self._reached(lambda: _all_gather(out, mine, group=group))
 
     def reduce_scatter(self, out: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:
         """Of the sum over a part of the group, the part of this rank."""
         self.meet(f"scattering {whole.numel()} numbers")
         self._count(out, times=len(whole) // max(len(out), 1) - 1)
-        self._reached(lambda: dist.reduce_scatter_tensor(out, whole, group=group))
+        self._reached(lambda: _reduce_scatter(out, whole, group=group))
 
     def all_reduce(self, tensor: Tensor, group: dist.ProcessGroup) -> None:
         """The sum over a part of the group, in place."""

@@ -103,6 +103,13 @@ class ParameterSpace(VectorSpace):
             raise ArgumentError(msg)
         return tensors
 
+    def subspace(self, places: Sequence[int]) -> ParameterSpace:
+        """That of some of the parameters, by their places."""
+        shapes = {self.names[i]: torch.empty(self.shapes[i], device="meta") for i in places}
+        space = ParameterSpace(shapes, self.dtype)
+        space.device = self.device
+        return space
+
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat vector in the parameters' shapes, without copying."""
         places = self.slices.values()
@@ -133,6 +140,10 @@ class ParameterSpace(VectorSpace):
     def sums_by_parameter(self, vector: Tensor) -> np.ndarray:
         """(parameters,) float64 sums over the entries of each parameter."""
         return self._by_parameter(lambda place: vector[place].sum(dtype=torch.float64))
+
+    def any_by_parameter(self, vector: Tensor) -> np.ndarray:
+        """(parameters,) whether the part of a vector that belongs to each is not all zero."""
+        return self._by_parameter(lambda place: vector[place].any().double()) > 0
 
     def _by_parameter(self, value: Callable[[slice], Tensor]) -> np.ndarray:
         found: np.ndarray = torch.stack([value(p) for p in self.slices.values()]).cpu().numpy()

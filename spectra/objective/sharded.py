@@ -29,6 +29,8 @@ class ShardedSpace(ParameterSpace):
     counts them; those that are counted here come first.
     """
 
+    spread = True
+
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
@@ -39,6 +41,7 @@ class ShardedSpace(ParameterSpace):
         super().__init__(tensors, dtype)
         self.ranks = ranks
         self.sharding = sharding
+        self._tensors = dict(tensors)
         self.sizes = tuple(tensor.numel() for tensor in tensors.values())
         self._layouts = [sharding.layout(tensor) for tensor in tensors.values()]
         self._owned = [sharding.owns(layout) for layout in self._layouts]
@@ -86,6 +89,11 @@ class ShardedSpace(ParameterSpace):
             part = local(tensor) if is_spread(tensor) else layout.part(tensor)
             flat[self.slices[name]] = part.detach().reshape(-1).to(flat)
         return flat
+
+    def subspace(self, places: Sequence[int]) -> ShardedSpace:
+        """That of some of the parameters, on the same processes."""
+        some = {self.names[i]: self._tensors[self.names[i]] for i in places}
+        return ShardedSpace(some, self.sharding, self._ranks, self.dtype)
 
     def own(self, whole: Tensor) -> Tensor:
         """What is here (..., length) of whole vectors (..., n)."""

@@ -46,6 +46,9 @@ class VectorSpace:
     are then fetched one at a time, and the arithmetic is the same.
     """
 
+    spread = False
+    """Whether each of several processes has a part of every vector."""
+
     def __init__(
         self, n: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
     ) -> None:
@@ -240,7 +243,7 @@ class VectorSpace:
 
     def norm(self, x: Tensor) -> float:
         """Euclidean norm, accumulated in float64."""
-        if x.dtype == torch.float64 and self.length == self.n:
+        if x.dtype == torch.float64 and not self.spread:
             return float(torch.linalg.vector_norm(x))
         # Squares of numbers in single precision neither overflow nor underflow in double, and
         # this is three times as fast as `vector_norm` with a dtype.

@@ -244,7 +244,7 @@ class SymmetricOperator(LinearOperator):
             raise ArgumentTypeError(msg)
         if vectors.dim() not in {1, 2} or vectors.shape[0] != space.length:
             spread = ""
-            if space.length != space.n:
+            if space.spread:
                 spread = f", this rank's part of n = {space.n} (H.space.own(whole) takes it)"
             msg = (
                 f"expected a vector of shape ({space.length},) or columns of shape "

@@ -49,12 +49,9 @@ class BlockDiagonalOperator(SymmetricOperator):
         self.names = tuple(self._places)
         self.passes = 0
         space = hessian.space
-        shapes = [torch.empty(shape, device="meta") for shape in space.shapes]
-        self._spaces: dict[str, ParameterSpace] = {}
-        for block, places in self._places.items():
-            own = ParameterSpace({space.names[i]: shapes[i] for i in places}, space.dtype)
-            own.device = space.device
-            self._spaces[block] = own
+        self._spaces: dict[str, ParameterSpace] = {
+            block: space.subspace(places) for block, places in self._places.items()
+        }
         super().__init__(space)
 
     def __len__(self) -> int:
@@ -140,10 +137,27 @@ class BlockDiagonalOperator(SymmetricOperator):
             if error.args and isinstance(error.args[0], str):
                 error.args = (f"block {self.names[number]!r}: {error.args[0]}", *error.args[1:])
 
-        found = in_lockstep(
-            [functools.partial(task, block) for block in self.names], compute, explain
-        )
+        tasks = [functools.partial(task, block) for block in self.names]
+        if self.space.spread:
+            # Their inner products are sums over processes, which threads would mix up.
+            found = [self._alone(i, task, compute, explain) for i, task in enumerate(tasks)]
+        else:
+            found = in_lockstep(tasks, compute, explain)
         return dict(zip(self.names, found, strict=True))
+
+    def _alone(
+        self,
+        number: int,
+        task: Callable[[Ask], T],
+        compute: Callable[[dict[int, Tensor]], dict[int, Tensor]],
+        explain: Callable[[int, BaseException], None],
+    ) -> T:
+        """One question by itself, with passes over the data of its own."""
+        try:
+            return task(lambda rows: compute({number: rows})[number])
+        except BaseException as error:
+            explain(number, error)
+            raise
 
     def identity(self) -> dict[str, Any]:
         """That of the Hessian, with the parameters of every block."""
@@ -160,18 +174,22 @@ class BlockDiagonalOperator(SymmetricOperator):
 
     def restricted(self, vector: Tensor, block: str) -> Tensor:
         """The part of a vector (n,) that belongs to a block, (n_b,)."""
-        slices = list(self.space.slices.values())
-        return torch.cat([vector[slices[i]] for i in self._places[block]])
+        slices, own = list(self.space.slices.values()), self._spaces[block]
+        part = own.empty().to(vector)
+        for i, place in zip(self._places[block], own.slices.values(), strict=True):
+            part[place] = vector[slices[i]]
+        return part
 
     def extended(self, part: Tensor, block: str) -> Tensor:
         """A vector (n,) that is `part` (n_b,) in a block, and zero elsewhere."""
-        vector, start = self.space.zeros(), 0
-        slices = list(self.space.slices.values())
-        for i in self._places[block]:
-            length = slices[i].stop - slices[i].start
-            vector[slices[i]] = part[start : start + length]
-            start += length
+        vector, slices = self.space.zeros(), list(self.space.slices.values())
+        for i, place in zip(self._places[block], self._spaces[block].slices.values(), strict=True):
+            vector[slices[i]] = part[place]
         return vector
+
+    def norm(self, part: Tensor, block: str) -> float:
+        """Euclidean norm of a vector (n_b,) of a block."""
+        return self._spaces[block].norm(part)
 
     def _products(self, rows: Tensor) -> Tensor:
         # Rows that are zero in a block are not multiplied by it: those of a dense matrix mostly.
@@ -179,7 +197,8 @@ class BlockDiagonalOperator(SymmetricOperator):
         chosen: dict[str, Tensor] = {}
         for block in self.names:
             own = torch.stack([self.restricted(row, block) for row in rows])
-            there = own.any(dim=1).nonzero().squeeze(1)
+            nonzero = self._spaces[block].summed(own.any(dim=1).double())
+            there = nonzero.nonzero().squeeze(1)
             if len(there):
                 asked[block], chosen[block] = own[there], there
         out = self.space.zeros(len(rows))

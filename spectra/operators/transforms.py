@@ -370,7 +370,7 @@ def _basis(operator: SymmetricOperator, given: Any) -> Tensor:
 def _orthonormalised(operator: SymmetricOperator, columns: Tensor) -> Tensor:
     """Orthonormal rows (k, n) that span the columns one after the other."""
     space = operator.space
-    if space.length != space.n:
+    if space.spread:
         msg = (
             "a basis is made orthonormal on one process, and the vectors of this operator are "
             "spread over several; eigenvectors of it are orthonormal: pass the Eigenpairs"

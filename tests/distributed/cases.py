@@ -23,6 +23,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import spectra
 from spectra.distributed import shard
@@ -165,10 +173,66 @@ def sharded_products(rank: int, size: int) -> Any:
     return found
 
 
+def fsdp(model: nn.Module, mesh: Any) -> nn.Module:
+    """PyTorch's own sharding, layer by layer."""
+    for module in model.children():
+        if next(module.parameters(), None) is not None:
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def across(model: nn.Module, mesh: Any) -> nn.Module:
+    """Tensor parallelism of a perceptron: its weights are cut in columns and rows."""
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    return parallelize_module(model, mesh, plan)
+
+
+@case
+def kinds(rank: int, size: int) -> Any:
+    """Products with models that were spread over the processes in every way."""
+    line = init_device_mesh("cpu", (size,))
+    grid = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
+    found = {}
+    for name, spread_over in {
+        "in shards": lambda model: shard(model, line),
+        "copies of shards": lambda model: shard(model, grid),
+        "under FSDP": lambda model: fsdp(model, line),
+        "under FSDP, copies of shards": lambda model: fsdp(model, grid),
+        "tensor parallel": lambda model: across(model, line),
+    }.items():
+        model, loss, data = problem("mlp")
+        model = spread_over(model)
+        mine = shares(data, size)[rank]
+        if name == "under FSDP":
+            # What the caller's own pass has put together.
+            model(data[0][0])
+        for kind in (spectra.HessianOperator, spectra.GaussNewtonOperator):
+            H = kind(model, loss, mine)
+            space = H.space
+            V = space.own(directions(space.n).T).T.contiguous()
+            found[f"{name}, {kind.__name__}"] = space.whole(H.apply(V).T).T
+        found[f"{name}, block"] = (H.block("2.*") @ directions(35).numpy())[:, 0]
+        found[f"{name}, trace"] = spectra.trace(H, rtol=0.1, progress=False).value
+        if "tensor" not in name:
+            # The model runs by itself as before.
+            found[f"{name}, loss"] = float(_whole(model(data[0][0]).sum()))
+    return found
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 @case
 def answers(rank: int, size: int) -> Any:
     """Every question of the MLP."""
     return asked(spread("mlp", rank, size))
+
+
+@case
+def sharded_answers(rank: int, size: int) -> Any:
+    """Every question of the MLP in shards."""
+    return asked(sharded("mlp", rank, size))
 
 
 def asked(H: Any) -> dict[str, Any]:
@@ -180,20 +244,30 @@ def asked(H: Any) -> dict[str, Any]:
     analysis = spectra.analyze(H, 3, steps=10, rtol=0.2, preflight="strict", **ask)
     blocks = spectra.block_spectra(H, k=1, **ask)
     coupling = spectra.block_coupling(H, **ask)
-    weights, forms = H.quadratic_forms(directions(H.space.n))
-    order = np.argsort(weights)
-    return {
+    diagonal = spectra.diagonal(H, rtol=0.3, **ask)
+    solution = spectra.solve(H, H.gradient(), damping=10.0, progress=False)
+    whole = H.space.whole
+    found = {
         "eigenvalues": pairs.values,
-        "eigenvectors": np.abs(np.asarray(pairs.vectors)),
+        "eigenvectors": np.abs(whole(pairs.vectors.T).T.numpy()),
+        "diagonal": whole(diagonal.values).numpy(),
+        "diagonal by layer": diagonal.parameter_traces,
+        "solution": whole(solution.x).numpy(),
+        "norm": np.array([spectra.norm(H, **ask).value]),
+        "by layer": analysis.blocks.parameter_traces,
+        "masses": analysis.blocks.masses,
         "trace": np.array([trace.value, trace.standard_error]),
         "nodes of the density": density.nodes,
         "analysis": np.array([analysis.trace.value, analysis.frobenius_norm.value]),
         "values of blocks": np.stack([b.values for b in blocks.eigenpairs.values()]),
         "coupling": coupling.samples,
-        "weights": weights[order],
-        "forms": forms[order],
         "matvecs": np.array([pairs.matvecs, trace.matvecs, density.matvecs]),
     }
+    if not H.space.spread:
+        weights, forms = H.quadratic_forms(directions(H.space.n))
+        order = np.argsort(weights)
+        found |= {"weights": weights[order], "forms": forms[order]}
+    return found
 
 
 @case
