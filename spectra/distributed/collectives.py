@@ -178,7 +178,8 @@ class Ranks:
             if failure is not None:
                 raise failure from None
             raise
-        return value, self._settled(rows, what, failure, explain)
+        told = self._settled(rows, what, failure, explain)
+        return value, told
 
     def _row(
         self, status: float, what: str, given: Sequence[float], numbers: Sequence[float]

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spectra.distributed.collectives import Ranks
+from spectra.distributed.collectives import Ranks, ranks_of
 from spectra.errors import ArgumentError, ArgumentTypeError, DistributedError
 
 __all__ = [
@@ -79,17 +79,19 @@ def shard(model: nn.Module, mesh: Any = None) -> nn.Module:
     Returns
     -------
     nn.Module
-        The model, whose parameters are DTensors. An operator computes with it; called by itself it
-        runs as PyTorch's DTensor does.
+        The model, whose parameters are DTensors. Operators compute with it; called by itself it
+        takes DTensors only.
 
     Raises
     ------
     ArgumentError, ArgumentTypeError
         No model, another kind of mesh, or torch.distributed is not initialised.
+    DistributedError
+        The ranks have different weights.
 
     Notes
     -----
-    PyTorch's `fully_shard` gives models that are taken just as well.
+    A model under PyTorch's `fully_shard` is taken as it is, and runs by itself as well.
     """
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -115,6 +117,8 @@ def shard(model: nn.Module, mesh: Any = None) -> nn.Module:
     if spread_tensors(model):
         msg = "the model's parameters are spread over processes already; pass it as it is"
         raise ArgumentError(msg)
+    ranks, other = ranks_of(process_group=True), ""
+    assert ranks is not None
     spread: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -126,9 +130,19 @@ def shard(model: nn.Module, mesh: Any = None) -> nn.Module:
                 cut = [Shard(0)] if parameter.dim() else [Replicate()]
                 whole = parameter.detach().to(mesh.device_type)
                 part = distribute_tensor(whole, mesh, [*copies, *cut])
+                mine = Sharding([part], ranks).layout(part).part(whole)
+                if not torch.equal(mine.nan_to_num(), local(part).nan_to_num()):
+                    other = other or name
                 spread[id(parameter)] = nn.Parameter(part, requires_grad=parameter.requires_grad)
             module._parameters[name] = spread[id(parameter)]
     model.to(mesh.device_type)
+    for rank, found in enumerate(ranks.told(other)):
+        if found:
+            msg = (
+                f"rank {rank} differs from rank 0 in: the numbers of a parameter {found!r}; load "
+                "the same weights on all ranks before they are spread"
+            )
+            raise DistributedError(msg)
     return model
 
 

@@ -115,12 +115,27 @@ class ParameterSpace(VectorSpace):
         places = self.slices.values()
         return [flat[s].view(shape) for s, shape in zip(places, self.shapes, strict=True)]
 
-    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
-        """The parts of a flat vector (n,) by parameter name, as views in the parameters' shapes."""
+    def unflatten(self, flat: Tensor, params: Selection = None) -> dict[str, Tensor]:
+        """The parts of a flat vector (n,) by parameter name, as views in the parameters' shapes.
+
+        Parameters
+        ----------
+        params
+            Globs over names, or a function `(name, part) -> bool`: only those.
+
+        Raises
+        ------
+        ArgumentError, ParameterSelectionError
+            A vector of another shape; nothing is selected.
+        """
         if flat.shape != (self.length,):
             msg = f"expected a flat vector of shape ({self.length},), got {tuple(flat.shape)}"
             raise ArgumentError(msg)
-        return dict(zip(self.names, self.views(flat), strict=True))
+        parts = dict(zip(self.names, self.views(flat), strict=True))
+        if params is None:
+            return parts
+        chosen = matching([([name], part) for name, part in parts.items()], params)
+        return {names[0]: part for names, part in chosen}
 
     def modules(self) -> dict[str, tuple[slice, ...]]:
         """The places of each module's own parameters, by its name; adjacent ones joined."""

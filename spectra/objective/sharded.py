@@ -12,7 +12,7 @@ from torch import Tensor
 from spectra.distributed.collectives import Ranks
 from spectra.distributed.sharding import Sharding, is_spread, local
 from spectra.errors import ArgumentError
-from spectra.objective.parameters import ParameterSpace
+from spectra.objective.parameters import ParameterSpace, Selection
 
 __all__ = ["ShardedSpace"]
 
@@ -89,6 +89,19 @@ class ShardedSpace(ParameterSpace):
             part = local(tensor) if is_spread(tensor) else layout.part(tensor)
             flat[self.slices[name]] = part.detach().reshape(-1).to(flat)
         return flat
+
+    def unflatten(self, flat: Tensor, params: Selection = None) -> dict[str, Tensor]:
+        """Whole tensors by parameter name, on every process, from the part (length,) of a vector.
+
+        Parameters
+        ----------
+        params
+            Globs over names: only those, such as of one module.
+        """
+        parts = super().unflatten(flat, params)
+        layouts = dict(zip(self.names, self._layouts, strict=True))
+        wholes = self.sharding.gather(list(parts.values()), [layouts[name] for name in parts])
+        return dict(zip(parts, wholes, strict=True))
 
     def subspace(self, places: Sequence[int]) -> ShardedSpace:
         """That of some of the parameters, on the same processes."""
@@ -199,6 +212,8 @@ class _Stream:
             self._held.append(self._draw(size))
             self._left -= size
             self._num_held += size
+        if not count:
+            return torch.empty(0)
         held = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
         # Not a view, or what was taken would keep all of what was drawn.
         self._held, self._num_held = [held[count:].clone()], len(held) - count

@@ -590,6 +590,9 @@ class HvpOracle:
 
     def _locate(self, part: Part) -> str:
         objective = self.objective
+        if objective.sharding is not None:
+            # To look for it is to compute, which one rank cannot do without the others.
+            return f"an operation of {objective.function_name}"
         return diagnose.locate_culprit(
             objective.model, lambda: objective.loss(part), objective.function_name
         )

@@ -1,0 +1,99 @@
+"""Parameters spread over processes give what they give in one; what fails on one, fails on all."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import spectra
+from tests.distributed import cases
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not there")
+
+
+def alone(name, dtype=torch.float64, **options):
+    return spectra.HessianOperator(*cases.problem(name, dtype), **options)
+
+
+def nearly(found, right, tol):
+    right = torch.as_tensor(right)
+    return float((torch.as_tensor(found) - right).abs().max()) <= tol * float(right.abs().max())
+
+
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_products_are_those_of_all_data_and_all_parameters(size, tmp_path):
+    pytest.importorskip("transformers")
+    found = cases.run("sharded_products", size, tmp_path)
+    # The model's own norms are in single precision, and round as segments do.
+    options = {"llama": {"recompute": "model.layers.*"}}
+    for name in cases.PROBLEMS:
+        for dtype, tol in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            H = alone(name, dtype, **options.get(name, {}))
+            n = H.space.n
+            product = H.apply(cases.directions(n, dtype)[:, 0].contiguous())
+            truth = {"value": H.value(), "gradient": H.gradient()}
+            truth |= {"product": product, "again": product}
+            for graph in ("fresh", "retained"):
+                key = f"{name} {dtype} {graph}"
+                if key not in found[0]:
+                    continue
+                answers = [answer[key] for answer in found]
+                # Every rank has its part: no more than the largest pieces of all parameters.
+                assert sum(answer["length"] for answer in answers) == n
+                pieces = [-(-p.shape[0] // size) * p[0].numel() for p in H.objective.parameters]
+                assert max(answer["length"] for answer in answers) <= sum(pieces)
+                for rank, answer in enumerate(answers):
+                    for kind, right in truth.items():
+                        assert nearly(answer[kind], right, tol), (name, dtype, graph, rank, kind)
+                        assert np.array_equal(answer[kind], answers[0][kind])
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_every_answer_is_that_of_one_process(size, tmp_path):
+    model, loss, data = cases.problem("mlp")
+    truth = cases.asked(spectra.HessianOperator(model, loss, data[:2]))
+    for answers in cases.run("sharded_answers", size, tmp_path):
+        assert set(truth) - set(answers) == {"weights", "forms"}
+        for name, found in answers.items():
+            np.testing.assert_allclose(found, truth[name], rtol=1e-8, atol=1e-9, err_msg=name)
+
+
+def test_shards_are_used_as_they_are_whoever_cut_them(tmp_path):
+    model, loss, data = cases.problem("mlp")
+    H, G = (
+        kind(model, loss, data[:2])
+        for kind in (spectra.HessianOperator, spectra.GaussNewtonOperator)
+    )
+    truth = {type(A).__name__: A.apply(cases.directions(74)) for A in (H, G)}
+    truth["block"] = G.block("2.*").apply(cases.directions(24)[:, 0].contiguous())
+    truth["trace"] = spectra.trace(G, max_matvecs=6, progress=False).value
+    truth["loss"] = float(model(data[0][0]).sum().detach())
+    for answers in cases.run("kinds", 4, tmp_path):
+        assert len(answers) == 5 * 4 + 2
+        for name, found in answers.items():
+            # The caller's own pass computes under FSDP as PyTorch does.
+            tol = 1e-6 if name.endswith("loss") else 1e-12
+            assert nearly(found, truth[name.split(", ")[-1]], tol), name
+
+
+def test_what_one_rank_does_otherwise_ends_it_on_all(tmp_path):
+    found = cases.run("sharded_failures", 3, tmp_path)
+    for rank, answer in enumerate(found):
+        for name, words in {
+            "an exception": "LossError: the loss raised ValueError on batch 1: out of luck",
+            "in a derivative": "cannot be differentiated twice: no derivative today",
+            "a loss of nan": "the loss of batch 0 is nan",
+            "other options": "rank 2 differs from rank 0 in: the option k (2 on rank 0, 3 on rank",
+            "another seed": "rank 1 differs from rank 0 in: the option seed (0 on rank 0, 1 on",
+            "another question": "rank 2 differs from rank 0 in: question",
+            "a whole vector": f"expected a vector of shape ({(31, 31, 12)[rank]},)",
+            "parts of the data": "only where each process has all parameters",
+            "other weights": "rank 2 differs from rank 0 in: the numbers of a parameter 'bias'",
+            "other copies": "rank 2 differs from rank 0 in: the numbers of '0.bias', of which both",
+            "not all": "spread over processes (DTensor): pass process_group=True",
+        }.items():
+            assert words in answer[name], (rank, name, answer[name])
+        for name in ("an exception", "in a derivative", "a loss of nan"):
+            assert ("rank 2 of 3 failed, and rank" in answer[name]) == (rank != 2), name
+        # Still in step.
+        assert answer["then"] == pytest.approx(alone("mlp").value(), rel=1e-12)
