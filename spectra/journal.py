@@ -180,12 +180,14 @@ class Journal:
                 self._append({"kind": _WITNESS}, pair)
             if not self._muted:
                 host = self._to_record(products)
-                self._append({"kind": "product", "input": check_numbers(rows)}, [host])
+                self._append({"kind": "product", "input": self._numbers(rows)}, [host])
             return products
         record = self._take("product")
         self.owner.matvecs += len(rows)
-        _check_input(self.path, record.meta.get("input"), rows)
-        (known,) = list(self._file.read(record))
+        _check_input(
+            self.path, record.meta.get("input"), self._numbers(rows), self.owner.space.n, rows.dtype
+        )
+        known = self._own(*self._file.read(record))
         if known.shape != rows.shape or known.dtype != rows.dtype:
             raise self._other_course(f"vectors of {tuple(rows.shape)}, {rows.dtype}")
         return known.to(rows.device)
@@ -284,8 +286,24 @@ class Journal:
         return bool(self.signal)
 
     def _to_record(self, vectors: Tensor) -> Tensor:
-        """Vectors in memory, where this rank writes them."""
+        """Whole vectors in memory, where this rank writes them."""
+        if self.owner.space.spread:
+            vectors = self.owner.space.collected(vectors.detach())
         return vectors.detach().cpu().contiguous() if self._file.writes else vectors
+
+    def _own(self, whole: Tensor) -> Tensor:
+        """What is here of vectors on record, where the others are."""
+        space = self.owner.space
+        return space.own(whole).to(space.device)
+
+    def _numbers(self, rows: Tensor) -> list[float]:
+        """Norm and sum of vectors, which tell others apart."""
+        space = self.owner.space
+        if not space.spread:
+            return check_numbers(rows)
+        part = space.counted(rows).double()
+        square, total = space.summed(torch.stack([part.square().sum(), part.sum()])).tolist()
+        return [math.sqrt(square), total]
 
     def _asked_to_stop(self, name: str) -> None:
         self.signal = name
@@ -346,6 +364,11 @@ class Journal:
     def _packed(self, name: str, value: Any, matvecs: int) -> tuple[dict[str, Any], list[Tensor]]:
         arrays: dict[str, Tensor] = {}
         text = encode(value, "value", arrays)
+        if (space := self.owner.space).spread:
+            arrays = {
+                name: self._to_record(t) if _is_vector(t, space.length) else t
+                for name, t in arrays.items()
+            }
         meta = {
             "kind": name,
             "value": text,
@@ -362,10 +385,14 @@ class Journal:
             assert into is not None
             # In one go, or the checksum would not be looked at.
             for i, row in enumerate(arrays):
-                into[i] = row
+                into[i] = self._own(row)
             arrays = iter(())
         try:
-            return decode(meta["value"], dict(zip(meta["names"], arrays, strict=True)))
+            known = dict(zip(meta["names"], arrays, strict=True))
+            if self.owner.space.spread:
+                n = self.owner.space.n
+                known = {k: self._own(t) if _is_vector(t, n) else t for k, t in known.items()}
+            return decode(meta["value"], known)
         except (KeyError, TypeError, ValueError) as error:
             msg = f"the checkpoint {str(self.path)!r} holds a record that cannot be read: {error}"
             raise StorageError(msg) from error
@@ -381,22 +408,23 @@ class Journal:
         if self._compared or self._witness is None:
             return
         self._compared = True
-        row, recorded = self._file.read(self._witness)
-        rows, recorded = row.to(self.owner.space.device)[None], recorded.double()
+        space = self.owner.space
+        row, recorded = map(self._own, self._file.read(self._witness))
+        rows, recorded = row[None], recorded.double()
 
         def product() -> Tensor:
             self.owner.matvecs -= 1
-            return compute(rows)[0].cpu().double()
+            return compute(rows)[0].double()
 
         again = product()
-        size = float(torch.linalg.vector_norm(recorded)) or 1.0
-        defect = float(torch.linalg.vector_norm(again - recorded)) / size
+        size = space.norm(recorded) or 1.0
+        defect = space.norm(again - recorded) / size
         if defect == 0.0:
             return
         limit = torch.finfo(rows.dtype).eps ** _ROUNDING
         if not defect <= limit:
             # Products that are random differ from themselves as well.
-            limit = 10 * float(torch.linalg.vector_norm(again - product())) / size
+            limit = 10 * space.norm(again - product()) / size
         if not defect <= limit:
             msg = (
                 f"the first product in the checkpoint {str(self.path)!r} differs from the same one "
@@ -553,10 +581,14 @@ def check_numbers(rows: Tensor) -> list[float]:
     return [math.sqrt(square), total]
 
 
-def _check_input(path: Path, known: Any, rows: Tensor) -> None:
-    found = check_numbers(rows)
+def _is_vector(tensor: Tensor, length: int) -> bool:
+    """Of the tensors in a value that is noted the others are states of generators."""
+    return tensor.is_floating_point() and tensor.dim() > 0 and tensor.shape[-1] == length
+
+
+def _check_input(path: Path, known: Any, found: list[float], n: int, dtype: torch.dtype) -> None:
     # The sum of numbers that cancel is as uncertain as their length is large.
-    room = torch.finfo(rows.dtype).eps ** 0.5 * (found[0] or 1.0) * math.sqrt(rows.shape[-1])
+    room = torch.finfo(dtype).eps ** 0.5 * (found[0] or 1.0) * math.sqrt(n)
     if not np.allclose(found, known, rtol=0, atol=room):
         msg = (
             f"the run multiplies another vector than the one recorded in {str(path)!r}: it takes "

@@ -561,7 +561,7 @@ class ModelObjective:
         with self.evaluating():
             data = {
                 part.label: f"{digest_of(part.batch)}, weight {part.weight:g}"
-                for part in self.parts()
+                for part in self._own_parts()
             }
         if (ranks := self.space.ranks) is not None:
             everyone = ranks.told(data)

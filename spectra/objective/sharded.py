@@ -134,6 +134,21 @@ class ShardedSpace(ParameterSpace):
             start += size
         return whole.view(*part.shape[:-1], self.n)
 
+    def collected(self, part: Tensor) -> Tensor:
+        """Whole vectors (..., n) in the memory of rank 0; on the others nothing."""
+        first = self._ranks.rank == 0
+        rows = part.reshape(-1, self.length)
+        whole = torch.empty(len(rows) if first else 0, self.n, dtype=part.dtype, device="cpu")
+        for i, row in enumerate(rows):
+            start = 0
+            for name, layout, size in zip(self.names, self._layouts, self.sizes, strict=True):
+                shard = row[self.slices[name]].view(layout.shard)
+                (tensor,) = self.sharding.gather([shard], [layout])
+                if first:
+                    whole[i, start : start + size] = tensor.reshape(-1)
+                start += size
+        return whole.view(*part.shape[:-1], self.n) if first else whole
+
     def drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
         """What is here of n numbers that are drawn one after the other, few at a time."""
         # The stream is the one of a single process, whatever the number of them.

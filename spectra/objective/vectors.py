@@ -217,6 +217,10 @@ class VectorSpace:
         """Whole vectors (..., n), from what is here of them (..., length)."""
         return part
 
+    def collected(self, part: Tensor) -> Tensor:
+        """Whole vectors (..., n) in the memory of the process that writes files."""
+        return part.cpu()
+
     def drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
         """What is here of n numbers that `draw` makes one after the other, so many at a call."""
         return draw(self.n).to(self.device)

@@ -487,6 +487,31 @@ def checkpoints(rank: int, size: int) -> Any:
 
 
 @case
+def sharded_checkpoints(rank: int, size: int) -> Any:
+    """A run in shards that is ended in two ways and goes on."""
+    folder = Path(sys.argv[4])
+
+    def operator() -> Any:
+        return sharded("mlp", rank, size, batches=3, recompute="none")
+
+    found: dict[str, Any] = {"whole": resumed(operator(), folder / "whole")}
+    with pytest.raises(spectra.SpectraError, match="enough"):
+        resumed(operator(), folder / "run", after=30)
+    dist.barrier()
+    if rank == 0:
+        shutil.copy(folder / "run", folder / "recorded")
+    found["stopped"] = resumed(operator(), folder / "run", after=20, how="signal")
+    return {**found, "again": resumed(operator(), folder / "run")}
+
+
+@case
+def going_on_in_shards(rank: int, size: int) -> Any:
+    """The same run on another number of ranks."""
+    H = sharded("mlp", rank, size, batches=3, recompute="none")
+    return resumed(H, Path(sys.argv[4]) / "recorded")
+
+
+@case
 def going_on(rank: int, size: int) -> Any:
     """The same run on another number of ranks."""
     return resumed(spread("mlp", rank, size), Path(sys.argv[4]) / "recorded")

@@ -76,6 +76,27 @@ def test_shards_are_used_as_they_are_whoever_cut_them(tmp_path):
             assert nearly(found, truth[name.split(", ")[-1]], tol), name
 
 
+def test_a_run_goes_on_in_other_shards_or_in_none(tmp_path):
+    first, second = cases.run("sharded_checkpoints", 2, tmp_path)
+    whole = first["whole"]
+    for answer in (first, second):
+        assert answer["stopped"]["partial"]
+        np.testing.assert_array_equal(answer["again"]["numbers"], whole["numbers"])
+        spent = 29 + answer["stopped"]["products"] + answer["again"]["products"]
+        assert whole["products"] <= spent <= whole["products"] + 4
+    recorded = (tmp_path / "recorded").read_bytes()
+    (tmp_path / "meet").unlink(missing_ok=True)
+    for answer in cases.run("going_on_in_shards", 3, tmp_path):
+        np.testing.assert_allclose(answer["numbers"], whole["numbers"], rtol=1e-9)
+        assert answer["products"] <= whole["products"] - 29 + 2
+    (tmp_path / "recorded").write_bytes(recorded)
+    model, loss, data = cases.problem("mlp")
+    H = spectra.HessianOperator(model, loss, data[:3])
+    unsharded = cases.resumed(H, tmp_path / "recorded")
+    np.testing.assert_allclose(unsharded["numbers"], whole["numbers"], rtol=1e-9)
+    assert unsharded["products"] <= whole["products"] - 29 + 2
+
+
 def test_what_one_rank_does_otherwise_ends_it_on_all(tmp_path):
     found = cases.run("sharded_failures", 3, tmp_path)
     for rank, answer in enumerate(found):
