@@ -250,7 +250,7 @@ def diagonal(
     budget = max_matvecs if probes is None else probes * (2 if method == "xdiag" else 1)
     known = [] if deflate is None else [_known_pairs(operator, deflate)]
     generator = random_probes.seeded(seed)
-    with progress_bar("diagonal", budget, progress) as bar:
+    with progress_bar("diagonal", budget, progress, at_most=probes is None) as bar:
         stop = {"rtol": rtol, "confidence": confidence}
         run = _Run(operator, generator, bar, **stop, budget=budget, adaptive=probes is None)
         if probes is None and operator.space.n <= min(_SMALL, budget):
@@ -502,8 +502,11 @@ class _Trial:
 
     def met(self) -> bool:
         """Whether the tolerance is reached, by enough probes to say so."""
-        enough = self.exact or self.samples.count >= self.least
-        return enough and self.relative_error() <= self._run.rtol
+        if not (self.exact or self.samples.count >= self.least):
+            return False
+        error = self.relative_error()
+        self._run.tell(error)
+        return error <= self._run.rtol
 
     def probes_to_come(self) -> float:
         """How many more the tolerance takes: the error falls with the root of their number."""
@@ -655,9 +658,14 @@ class _Run:
             self._squares.append(self.space.n * share**2)
         return product
 
+    def tell(self, error: float) -> None:
+        """Show how large the relative error is."""
+        self._bar.tell(f"relative error {error:.1g}")
+
     def exactly(self) -> _Trial:
         """All entries, from products with blocks of the n unit vectors."""
         n = self.space.n
+        self._bar.expect(self.spent + n)
         found = self.space.empty()
         block = max(1, min(64, _BLOCK_ENTRIES // n))
         for start in range(0, n, block):
@@ -705,7 +713,9 @@ class _Run:
                     trial, build = self._with_basis(trial, known, first), False
                     first.clear()
                     continue
-                if trial.probes_to_come() > self.space.n <= self.left:
+                come = trial.probes_to_come()
+                self._bar.expect(self.spent + come)
+                if come > self.space.n <= self.left:
                     return unless_stopped(self.exactly) or trial
             if snapshots is None and not build and self.noise.settled:
                 state = functools.partial(self._state, trial.samples)
