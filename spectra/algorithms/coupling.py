@@ -126,7 +126,7 @@ class BlockCoupling(Result):
             size = math.sqrt(squares[a, a])
             table.append(
                 [
-                    short_name(self.names[a] or "(itself)", 18),
+                    self.names[a] or "(itself)",
                     f"{self.sizes[a]:,}",
                     f"{size:.4g}",
                     f"{errors[a, a] / (2 * size) if size else 0.0:.0e}",

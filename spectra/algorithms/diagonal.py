@@ -159,7 +159,7 @@ class DiagonalEstimate(Result):
             lines.append(f"traces of {min(len(traces), _SHOWN)} of {len(traces)} modules")
             traces.sort(key=lambda item: -abs(item[1].value))
             lines += [
-                f"  {short_name(name or '(itself)')}: {trace.value:.5g} "
+                f"  {short_name(name or '(itself)', 50)}: {trace.value:.5g} "
                 f"± {trace.standard_error:.2g}"
                 for name, trace in traces[:_SHOWN]
             ]
