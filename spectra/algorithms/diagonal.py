@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from scipy import linalg, stats
+from scipy import linalg, special
 from torch import Tensor
 
 from spectra.algorithms import probes as random_probes
@@ -459,7 +459,7 @@ class _Samples:
         product = float(lengths[1:] @ lengths[:-1])
         # Without overlaps nothing is known of ν, so the worst is taken.
         degrees = max(product / max(overlap, 1e-9 * product), 1.0) if product > 0 else 1.0
-        quantile = stats.f.ppf(0.5 + confidence / 2, degrees, degrees * (self.count - 1))
+        quantile = special.fdtri(degrees, degrees * (self.count - 1), 0.5 + confidence / 2)
         return error * math.sqrt(float(quantile))
 
 
