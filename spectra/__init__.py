@@ -33,7 +33,7 @@ from spectra.analysis.preflight import Preflight, check
 from spectra.analysis.track import track
 from spectra.analysis.trajectory import Measurement, Trajectory
 from spectra.errors import SpectraError
-from spectra.installation import warn_of_namesake
+from spectra.installation import warn_of_namesake as _warn_of_namesake
 from spectra.objective import losses
 from spectra.objective.parameters import ParameterSpace
 from spectra.operators.base import as_operator
@@ -46,7 +46,7 @@ from spectra.results import load
 
 __version__ = "0.1.0"
 
-warn_of_namesake()
+_warn_of_namesake()
 
 __all__ = [
     "Analysis",
