@@ -90,7 +90,7 @@ def test_half_precision_computed_in_another_is_said():
 
 def test_what_memory_decided_is_said():
     # Large enough for the process to be seen to grow.
-    data = [{"input_ids": torch.zeros(2000, 8, dtype=torch.long)}] * 2
+    data = [{"input_ids": torch.zeros(1000, 8, dtype=torch.long)}] * 2
     model = StackedGPT(3).eval()
     H = spectra.HessianOperator(model, causal_lm(), data, memory_budget=5_000_000)
     found = check(H)
