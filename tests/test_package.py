@@ -21,6 +21,7 @@ LEFT_OUT = [
     *("matplotlib", "jinja2", "pandas", "IPython", "shtab", "scipy.stats", "scipy.optimize"),
     *("transformers", "tokenizers", "gguf", "peft", "accelerate", "sklearn"),
     *("lightning", "pytorch_lightning", "tensorboard", "torch.utils.tensorboard"),
+    *("torch._dynamo", "torch._inductor"),
 ]
 
 
@@ -37,7 +38,7 @@ def python(code, *arguments, cwd):
     )
 
 
-def test_what_needs_an_optional_package_that_is_missing_names_the_extra(tmp_path):
+def test_importing_spectra_is_light_and_what_lacks_an_optional_package_names_the_extra(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "text.txt").write_text("a text")
