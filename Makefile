@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV = .venv
 # Without the packages of the optional parts the tests of those parts would be skipped.
-TEST_EXTRAS = test,demo,hf,lightning,tensorboard
+TEST_EXTRAS = test,demo,hf,lightning,tensorboard,completion
 
 # `make bench BENCH_OPTIONS=--quick` takes minutes, all of it more than half an hour.
 BENCH = experiments/benchmarks

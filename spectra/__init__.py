@@ -33,6 +33,7 @@ from spectra.analysis.preflight import Preflight, check
 from spectra.analysis.track import track
 from spectra.analysis.trajectory import Measurement, Trajectory
 from spectra.errors import SpectraError
+from spectra.installation import warn_of_namesake as _warn_of_namesake
 from spectra.objective import losses
 from spectra.objective.parameters import ParameterSpace
 from spectra.operators.base import as_operator
@@ -44,6 +45,8 @@ from spectra.oracle.recompute import recompute
 from spectra.results import load
 
 __version__ = "0.1.0"
+
+_warn_of_namesake()
 
 __all__ = [
     "Analysis",

@@ -42,6 +42,7 @@ from spectra.errors import (
     StorageError,
     TargetError,
 )
+from spectra.installation import namesake_problem
 from spectra.names import printable
 from spectra.objective.memory import memory_ran_out
 from spectra.operators.base import SymmetricOperator
@@ -56,17 +57,20 @@ _CHECKPOINT = "checkpoint"
 _EPILOG = """\
 exit status:
   0    done, and everything reached its tolerance
-  1    done, but something did not reach its tolerance; the results are written and marked
-       (check: done, and something is wrong)
-  2    wrong usage: options, TARGET or files cannot be used as given; nothing was computed
+  1    done, but something did not reach its tolerance; the results are written
+       and marked (check: done, and something is wrong)
+  2    wrong usage: options, TARGET or files cannot be used as given; nothing
+       was computed
   3    the analysis failed
-  130  interrupted (Ctrl-C), 143 by SIGTERM: what was computed is in DIR, and --resume goes on
+  130  interrupted (Ctrl-C), 143 by SIGTERM: what was computed is in DIR, and
+       --resume goes on
 
 SPECTRA_DEBUG=1 in the environment adds the traceback to an error.
 """
 _TARGET = """\
-TARGET is file.py:function or package.module:function. The function is called without arguments and
-returns a spectra.HessianOperator, or (model, loss, data) as HessianOperator takes them:
+TARGET is file.py:function or package.module:function. The function is called
+without arguments and returns a spectra.HessianOperator, or (model, loss, data)
+as HessianOperator takes them:
 
   def target():
       model = MyNetwork()
@@ -74,40 +78,57 @@ returns a spectra.HessianOperator, or (model, loss, data) as HessianOperator tak
       loss = spectra.losses.supervised(torch.nn.CrossEntropyLoss())
       return model.eval(), loss, [(inputs, labels), ...]
 
---hf MODEL_DIR --text FILE takes a Hugging Face model from a local directory (config.json,
-*.safetensors and tokenizer; a GGUF file; or a PEFT adapter of such a model) and its loss on a file:
+--hf MODEL_DIR --text FILE takes a Hugging Face model from a local directory
+(config.json, *.safetensors and tokenizer; a GGUF file; or a PEFT adapter of
+such a model) and its loss on a file:
 
   --task causal    the mean next-token loss of a text
   --task masked    that of predicting 15 % of the tokens, drawn once
-  --task classify  that of a classifier on a table (.csv or .jsonl) with columns text and label;
-                   of images, columns pixel_values and label
+  --task classify  that of a classifier on a table (.csv or .jsonl) with columns
+                   text and label; of images, columns pixel_values and label
 
-The directory --out receives run.json (every number with its error), the result itself
-(analysis.json, analysis.safetensors: spectra.load reads it), figures, and report.html. Until it is
-finished it also holds a checkpoint; a run that was ended, by whatever, goes on with --resume.
+The directory --out receives run.json (every number with its error), the result
+itself (analysis.json, analysis.safetensors: spectra.load reads it), figures,
+and report.html. Until it is finished it also holds a checkpoint; a run that was
+ended, by whatever, goes on with --resume.
 
-`torchrun --nproc-per-node 4 -m spectra analyze ...` does the same in four processes, each on every
-fourth batch; --resume goes on in another number of processes, too.
+`torchrun --nproc-per-node 4 -m spectra analyze ...` does the same in four
+processes, each on every fourth batch; --resume goes on in another number of
+processes, too.
 """
 _TRACK = """\
-Measures the curvature at weights that a training saved, one CHECKPOINT after the other, in the
-order of their steps. A CHECKPOINT is a file (.pt, .pth, .bin, .ckpt: a state_dict, by itself or
-under "model", "state_dict" or the like; .safetensors) or a directory of Hugging Face's.
+Measures the curvature at weights that a training saved, one CHECKPOINT after
+the other, in the order of their steps. A CHECKPOINT is a file (.pt, .pth, .bin,
+.ckpt: a state_dict, by itself or under "model", "state_dict" or the like;
+.safetensors) or a directory of Hugging Face's.
 
-TARGET is file.py:function or package.module:function, as for `spectra analyze`: the model that the
-weights are of, a loss, and the data to measure on. Where it returns (model, loss, data, optimizer),
-the optimiser's saved state is put into that, for --preconditioned and the stability threshold. With
---hf MODEL_DIR --text FILE instead of TARGET, every argument is a CHECKPOINT.
+TARGET is file.py:function or package.module:function, as for `spectra analyze`:
+the model that the weights are of, a loss, and the data to measure on. Where it
+returns (model, loss, data, optimizer), the optimiser's saved state is put into
+that, for --preconditioned and the stability threshold. With --hf MODEL_DIR
+--text FILE instead of TARGET, every argument is a CHECKPOINT.
 
-The directory --out receives trajectory.json and trajectory.safetensors (spectra.load reads them),
-after every measurement, and the figure and trajectory.html at the end. A run that was ended goes
-on with --resume, and so does a finished one, with the CHECKPOINTs that came since.
+The directory --out receives trajectory.json and trajectory.safetensors
+(spectra.load reads them), after every measurement, and the figure and
+trajectory.html at the end. A run that was ended goes on with --resume, and so
+does a finished one, with the CHECKPOINTs that came since.
 """
 _COMPARE = """\
-Puts two runs of `spectra analyze` side by side: every number that both have, the change, and what
-the change may be off by; how much the top eigenvectors have in common, how far the distributions of
-eigenvalues are apart, and which settings differ. Nothing is computed anew.
+Puts two runs of `spectra analyze` side by side: every number that both have,
+the change, and what the change may be off by; how much the top eigenvectors
+have in common, how far the distributions of eigenvalues are apart, and which
+settings differ. Nothing is computed anew.
 """
+_COMPLETION = """\
+Prints a script that completes commands, options and files, to be written to
+where the shell looks for it:
+
+  spectra completion bash > ~/.local/share/bash-completion/completions/spectra
+  spectra completion zsh > DIRECTORY/_spectra    with DIRECTORY in $fpath
+  spectra completion tcsh > FILE                 with `source FILE` in ~/.tcshrc
+"""
+# What stands for files in the usage of a command.
+_PATHS = frozenset({"DIR", "FILE", "MODEL_DIR", "TARGET", "TARGET CHECKPOINT"})
 _FIGURES = frozenset({"eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"})
 # Options of `analyze` that go with --hf, by its tasks.
 _LANGUAGE = ("tokens_per_sequence", "sequences_per_batch", "max_tokens", "dtype", "device")
@@ -116,6 +137,11 @@ _TASKS = {
     "masked": _LANGUAGE,
     "classify": ("tokens_per_sequence", "rows_per_batch", "dtype", "device"),
 }
+# What else a report of a bug should name, where it is installed.
+_BESIDE = (
+    *("matplotlib", "safetensors", "tqdm", "jinja2", "scikit-learn", "transformers", "tokenizers"),
+    *("accelerate", "peft", "gguf", "lightning", "tensorboard"),
+)
 _OPERATOR_OPTIONS = ("graph", "memory_budget", "recompute", "compute_dtype", "microbatch")
 _MODEL_OPTIONS = tuple(dict.fromkeys(name for names in _TASKS.values() for name in names))
 
@@ -142,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     SystemExit
         With status 2 for arguments that cannot be parsed, 0 after `--help` and `--version`.
     """
+    if problem := namesake_problem():
+        return _fail(SpectraError(problem), _USAGE)
     arguments = _parser().parse_args(argv)
     with contextlib.ExitStack() as stack:
         arguments.rank = 0
@@ -830,6 +858,31 @@ def _blaming(what: str, file: str | None) -> Iterator[None]:
         raise TargetError(msg) from error
 
 
+def _complete(arguments: argparse.Namespace) -> Callable[[], int]:
+    try:
+        import shtab
+    except ImportError as error:
+        msg = "completion needs shtab: pip install 'hessian-spectra[completion]'"
+        raise ArgumentError(msg) from error
+
+    def run() -> int:
+        parser = _parser()
+        for command in _subcommands(parser).values():
+            for action in command._actions:
+                if action.metavar in _PATHS:
+                    action.complete = shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(parser, arguments.shell))
+        return _CONVERGED
+
+    return run
+
+
+def _subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    commands: dict[str, argparse.ArgumentParser] = action.choices
+    return commands
+
+
 def _say(text: str) -> None:
     # Names of files, models and parameters are anybody's: a terminal must not obey them.
     text = "\n".join(map(printable, text.split("\n")))
@@ -874,8 +927,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--version",
-        action="version",
-        version=_versions(),
+        action=_PrintVersions,
+        nargs=0,
         help="print the versions that a report of a bug should name",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -922,6 +975,14 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", help="make the figures and page of a saved run again")
     report.add_argument("directory", type=Path, metavar="DIR", help="what --out was")
     report.set_defaults(prepare=_report)
+
+    completion = add(
+        "completion",
+        help="print what a shell needs to complete these commands and options",
+        description=_COMPLETION,
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.set_defaults(prepare=_complete)
     return parser
 
 
@@ -1146,9 +1207,21 @@ def _tolerance(text: str) -> float:
     raise argparse.ArgumentTypeError(msg)
 
 
+class _PrintVersions(argparse.Action):
+    """`--version`: what a report of a bug should name, looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(_versions())
+        parser.exit()
+
+
 def _versions() -> str:
     found = versions()
-    for name in ("matplotlib", "safetensors", "scikit-learn", "transformers", "peft", "gguf"):
+    for name in _BESIDE:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
+    cuda = torch.cuda.is_available()
+    found["accelerator"] = torch.cuda.get_device_name() if cuda else "none"
+    found["threads"] = str(torch.get_num_threads())
+    found["installed in"] = str(Path(__file__).parent)
     return "\n".join(f"{name} {number}" for name, number in found.items())

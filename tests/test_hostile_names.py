@@ -136,7 +136,7 @@ def test_the_command_line_prints_such_names_as_letters(tmp_path, capsys):
     assert main(["report", str(out)]) == 0
     assert main(["report", str(tmp_path / "missing\x1b[31m")]) == 2
     printed = capsys.readouterr()
-    assert "\\x1b[2J" in printed.out
+    assert "\\x9b31m\\x08\\r" in printed.out
     assert "missing\\x1b[31m" in printed.err
     assert is_harmless(printed.out)
     assert is_harmless(printed.err.replace("\r", ""))

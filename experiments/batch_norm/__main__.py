@@ -121,7 +121,7 @@ def run(*, fast: bool) -> dict[str, Any]:
     judged = 1 if fast else JUDGED
     for seed in SEEDS[:1] if fast else SEEDS:
         for norm in (False, True):
-            epochs, images = ((1,), 32) if fast else (EPOCHS, IMAGES)
+            epochs, images = ((1,), 12) if fast else (EPOCHS, IMAGES)
             rows += train(seed, norm=norm, epochs=epochs, images=images, judged=judged)
     taken = round(time.perf_counter() - began, 1)
     return {"rows": rows, "summary": summary(rows, judged), "seconds": taken}

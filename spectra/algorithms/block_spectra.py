@@ -13,7 +13,6 @@ from spectra.algorithms.norms import norm
 from spectra.algorithms.progress import progress_bar
 from spectra.algorithms.trace import trace
 from spectra.errors import ArgumentTypeError
-from spectra.names import short_name
 from spectra.objective.parameters import By, Selection
 from spectra.operators.base import SymmetricOperator
 from spectra.operators.hessian import HessianOperator
@@ -67,7 +66,7 @@ class BlockSpectra(Result):
             marks = ["" if pairs.converged[i] else "*" for i in (0, -1)]
             table.append(
                 [
-                    short_name(name or "(itself)", 12),
+                    name or "(itself)",
                     f"{size:,}",
                     f"{pairs.values[0]:.3g}{marks[0]}",
                     f"{pairs.values[-1]:.3g}{marks[1]}",

@@ -35,6 +35,8 @@ __all__ = [
 # Rows of a table for people, and eigenvectors in it.
 _SHOWN_ROWS = 25
 _SHOWN_PAIRS = 2
+# Columns of a terminal, and how many of them a name needs at least to be told from others.
+_TERMINAL, _LEAST_NAME = 80, 12
 # Most numbers of a tile of a basis.
 _TILE_ENTRIES = 1 << 24
 
@@ -221,14 +223,14 @@ class BlockTraces(Result):
 
     def __str__(self) -> str:
         shown = self.shown_pairs
-        heads = [f"λ = {self.eigenvalues[i]:.4g}" for i in shown]
-        table = [[self.grouping, "parameters", "trace", "±", "per parameter", *heads]]
+        heads = [f"λ {self.eigenvalues[i]:.4g}" for i in shown]
+        table = [[self.grouping, "parameters", "trace", "±", "mean", *heads]]
         rows, others = self.table()
         for row in [*rows, others] if others else rows:
             low, high = row.trace.interval()
             table.append(
                 [
-                    short_name(row.name),
+                    row.name,
                     f"{row.size:,}",
                     f"{row.trace.value:.5g}",
                     f"{(high - low) / 2:.2g}",
@@ -240,6 +242,7 @@ class BlockTraces(Result):
         how = f"{self.probes} probes, ± for {self.confidence:.0%}"
         how = f"{'exact' if self.exact else how}, {self.method}"
         lines = [f"traces of {count} {self.grouping}s ({how}; no products of their own)"]
+        lines.append("mean: the trace per parameter")
         if shown:
             lines.append("below each λ, what of its eigenvector's squared length lies in them")
         lines += aligned(table)
@@ -247,8 +250,19 @@ class BlockTraces(Result):
 
 
 def aligned(table: list[list[str]]) -> list[str]:
-    """Rows as lines: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    """Rows as lines of a terminal: names to the left, cut to what room the numbers leave them.
+
+    Where that is next to none, columns are left out from the right.
+    """
+    while True:
+        widths = [max(len(row[i]) for row in table) for i in range(1, len(table[0]))]
+        room = _TERMINAL - sum(2 + width for width in (0, *widths))
+        if room >= _LEAST_NAME or len(table[0]) == 2:
+            break
+        table = [row[:-1] for row in table]
+    names = [short_name(row[0], room) for row in table]
+    table = [[name, *row[1:]] for name, row in zip(names, table, strict=True)]
+    widths = [max(map(len, names)), *widths]
     return [
         "  ".join(
             ["", row[0].ljust(widths[0])]

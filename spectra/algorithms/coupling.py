@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 
 from spectra.algorithms import probes as random_probes
 from spectra.algorithms.blocks import aligned
@@ -80,7 +80,7 @@ class BlockCoupling(Result):
         deviations = (off - share * totals) / max(float(totals.mean()), np.finfo(float).tiny)
         count = len(totals)
         error = float(deviations.std(ddof=1)) / math.sqrt(count)
-        half = float(stats.t.ppf(0.5 + self.confidence / 2, count - 1)) * error
+        half = float(special.stdtrit(count - 1, 0.5 + self.confidence / 2)) * error
         return math.sqrt(max(share - half, 0.0)), math.sqrt(min(share + half, 1.0))
 
     @property
@@ -126,7 +126,7 @@ class BlockCoupling(Result):
             size = math.sqrt(squares[a, a])
             table.append(
                 [
-                    short_name(self.names[a] or "(itself)", 18),
+                    self.names[a] or "(itself)",
                     f"{self.sizes[a]:,}",
                     f"{size:.4g}",
                     f"{errors[a, a] / (2 * size) if size else 0.0:.0e}",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 
 from spectra.algorithms import probes as random_probes
 from spectra.algorithms.eigen import Eigenpairs
@@ -71,7 +71,7 @@ class DataSpread(Result):
         return (self.trace - half, self.trace + half)
 
     def _quantile(self) -> float:
-        return float(stats.t.ppf(0.5 + self.confidence / 2, self.batches - 1))
+        return float(special.stdtrit(self.batches - 1, 0.5 + self.confidence / 2))
 
     def __str__(self) -> str:
         lines = [

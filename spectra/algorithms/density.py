@@ -220,7 +220,8 @@ def spectral_density(
         # One whole run at least: what is left of another says nothing by itself.
         with _stopping_after(rules):
             for i in range(probes if steps > 0 else 0):
-                rules.append(next_rule(i, bar))  # noqa: PERF401 - it looks at those before
+                bar.tell(f"probe {i + 1} of {probes}")
+                rules.append(next_rule(i, bar))
     probes = len(rules) if steps > 0 else probes
     nodes, weights, alphas, betas = (np.zeros((probes, steps)) for _ in range(4))
     for i, rule in enumerate(rules):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from scipy import linalg, stats
+from scipy import linalg, special
 from torch import Tensor
 
 from spectra.algorithms import probes as random_probes
@@ -159,7 +159,7 @@ class DiagonalEstimate(Result):
             lines.append(f"traces of {min(len(traces), _SHOWN)} of {len(traces)} modules")
             traces.sort(key=lambda item: -abs(item[1].value))
             lines += [
-                f"  {short_name(name or '(itself)')}: {trace.value:.5g} "
+                f"  {short_name(name or '(itself)', 50)}: {trace.value:.5g} "
                 f"± {trace.standard_error:.2g}"
                 for name, trace in traces[:_SHOWN]
             ]
@@ -250,7 +250,7 @@ def diagonal(
     budget = max_matvecs if probes is None else probes * (2 if method == "xdiag" else 1)
     known = [] if deflate is None else [_known_pairs(operator, deflate)]
     generator = random_probes.seeded(seed)
-    with progress_bar("diagonal", budget, progress) as bar:
+    with progress_bar("diagonal", budget, progress, at_most=probes is None) as bar:
         stop = {"rtol": rtol, "confidence": confidence}
         run = _Run(operator, generator, bar, **stop, budget=budget, adaptive=probes is None)
         if probes is None and operator.space.n <= min(_SMALL, budget):
@@ -462,7 +462,7 @@ class _Samples:
         product = float(lengths[1:] @ lengths[:-1])
         # Without overlaps nothing is known of ν, so the worst is taken.
         degrees = max(product / max(overlap, 1e-9 * product), 1.0) if product > 0 else 1.0
-        quantile = stats.f.ppf(0.5 + confidence / 2, degrees, degrees * (self.count - 1))
+        quantile = special.fdtri(degrees, degrees * (self.count - 1), 0.5 + confidence / 2)
         return error * math.sqrt(float(quantile))
 
 
@@ -505,8 +505,11 @@ class _Trial:
 
     def met(self) -> bool:
         """Whether the tolerance is reached, by enough probes to say so."""
-        enough = self.exact or self.samples.count >= self.least
-        return enough and self.relative_error() <= self._run.rtol
+        if not (self.exact or self.samples.count >= self.least):
+            return False
+        error = self.relative_error()
+        self._run.tell(error)
+        return error <= self._run.rtol
 
     def probes_to_come(self) -> float:
         """How many more the tolerance takes: the error falls with the root of their number."""
@@ -658,9 +661,14 @@ class _Run:
             self._squares.append(self.space.n * share**2)
         return product
 
+    def tell(self, error: float) -> None:
+        """Show how large the relative error is."""
+        self._bar.tell(f"relative error {error:.1g}")
+
     def exactly(self) -> _Trial:
         """All entries, from products with blocks of the n unit vectors."""
         n = self.space.n
+        self._bar.expect(self.spent + n)
         found = self.space.zeros()
         block = max(1, min(64, _BLOCK_ENTRIES // n))
         for start in range(0, n, block):
@@ -708,7 +716,9 @@ class _Run:
                     trial, build = self._with_basis(trial, known, first), False
                     first.clear()
                     continue
-                if trial.probes_to_come() > self.space.n <= self.left:
+                come = trial.probes_to_come()
+                self._bar.expect(self.spent + come)
+                if come > self.space.n <= self.left:
                     return unless_stopped(self.exactly) or trial
             if snapshots is None and not build and self.noise.settled:
                 state = functools.partial(self._state, trial.samples)

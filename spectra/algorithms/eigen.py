@@ -349,7 +349,7 @@ def eigsh(
             **more,
         )
 
-    with progress_bar("eigsh", budget, progress) as bar:
+    with progress_bar("eigsh", budget, progress, at_most=True) as bar:
         search.bar = bar
         try:
             search.run()

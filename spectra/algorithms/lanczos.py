@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy import optimize, special
+from scipy import special
 from torch import Tensor
 
 from spectra.algorithms import probes
@@ -409,4 +409,7 @@ def upper_bound(
     high = 1.0
     while excess(high) < 0:
         high *= 2
-    return top + spread * float(optimize.brentq(excess, low, high))
+    # Slow to import, as `import spectra` does not need it.
+    from scipy.optimize import brentq
+
+    return top + spread * float(brentq(excess, low, high))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from spectra.algorithms import broadening, counting
 from spectra.algorithms.counting import Counts
@@ -410,7 +410,7 @@ class SpectralDensity(Result):
             msg = "a band needs the spread of at least 2 probes; compute with probes=2 or more"
             raise ArgumentError(msg)
         check_confidence(confidence)
-        quantile = stats.t.ppf(0.5 + confidence / 2, self.probes - 1)
+        quantile = special.stdtrit(self.probes - 1, 0.5 + confidence / 2)
         half = quantile * samples.std(axis=0, ddof=1) / math.sqrt(self.probes)
         mean = samples.mean(axis=0)
         return np.maximum(mean - half, 0.0), mean + half

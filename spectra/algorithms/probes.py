@@ -225,6 +225,20 @@ class Run:
         self.spent += products
         self._bar.update(products)
 
+    def come(self, moments: Moments, products: int = 1) -> float:
+        """How many probes are to come after these, of so many products each; the bar shows both."""
+        come = self.stop.probes_to_come(moments)
+        self._bar.expect(self.spent + products * come)
+        value, half = (
+            float(moments.traces.mean()),
+            moments.half_width("trace", self.stop.confidence),
+        )
+        if self.stop.want == "square":
+            value = math.sqrt(float(moments.squares.mean()))
+            half = moments.half_width("square", self.stop.confidence) / (2 * value or math.inf)
+        self._bar.tell(f"{value:.4g} ± {half:.2g}")
+        return come
+
     def apply(self, vector: Tensor) -> Tensor:
         """One product, counted."""
         product = self.operator.apply(vector)
@@ -246,8 +260,7 @@ class Run:
         try:
             while self.left > 0:
                 if len(samples) >= self.least:
-                    known_now = samples.moments(self.spent, self.noise.relative)
-                    come = self.stop.probes_to_come(known_now)
+                    come = self.come(samples.moments(self.spent, self.noise.relative))
                     if come == 0:
                         break
                     if come > self.space.n <= self.left:
@@ -283,6 +296,7 @@ class Run:
     def exactly(self) -> Moments:
         """Trace and squared Frobenius norm from the n products with unit vectors."""
         space = self.space
+        self._bar.expect(self.spent + space.n)
         trace = square = 0.0
         diagonal = np.zeros(space.n)
         for i in range(space.n):
@@ -333,7 +347,8 @@ def sample_moments(
         What to take out of the probes, if that is more than the deflated pairs.
     """
     stop = Stop(want, rtol, atol, confidence, max_matvecs)
-    with progress_bar(want, max_matvecs, progress) as bar:
+    name = "Frobenius norm" if want == "square" else want
+    with progress_bar(name, max_matvecs, progress, at_most=True) as bar:
         run = Run(operator, stop, seed, bar)
         if deflation is not None:
             run.noise.limit = deflation.most_noise

@@ -139,6 +139,7 @@ class Search:
                 continue
             pairs = self.pairs = krylov.ritz()
             self._norm = max(self._norm, float(np.abs(pairs.values).max()))
+            self._tell(pairs)
             self.converged = krylov.complete or self._settled(pairs)
             if self.converged:
                 return
@@ -199,6 +200,7 @@ class Search:
         """
         krylov, space = self.krylov, self.krylov.space
         assert self.pairs is not None
+        self.bar.tell("measuring residuals")
         self.pairs = self._restarted(self.target.choose(self.pairs.values))
         rows = krylov.basis
         values, residuals = np.zeros(len(rows)), np.zeros(len(rows))
@@ -224,6 +226,12 @@ class Search:
         self.krylov.step()
         self.steps += 1
         self.bar.update()
+
+    def _tell(self, pairs: RitzPairs) -> None:
+        """Show the wanted pairs as they stand."""
+        chosen = self.target.choose(pairs.values)
+        values, residuals = pairs.values[chosen], pairs.residuals[chosen]
+        self.bar.tell_pairs(values, residuals, residuals <= self.thresholds(values))
 
     def _restarted(self, keep: np.ndarray, *, fresh: bool = False) -> RitzPairs:
         """What a restart leaves of the Ritz pairs; there are none while it is under way."""
@@ -315,6 +323,7 @@ class Search:
         """Some steps from a fresh random direction beside the known Ritz vectors, and bounds."""
         krylov = self.krylov
         assert self.pairs is not None
+        self.bar.tell("looking for missed ones")
         edges = self.target.edges(self._chosen_values(self.pairs))
         self.pairs = known = self._restarted(self._known(self.pairs), fresh=True)
         bounded = False

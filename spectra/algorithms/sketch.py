@@ -79,7 +79,7 @@ def by_krylov(run: Run) -> tuple[Moments, str]:
         return run.exactly(), "n unit vectors"
     probes = _first_probes(run)
     samples = _sampled(run, probes, Nothing())
-    krylov = _grow(run, probes, run.stop.probes_to_come(_moments(run, samples)))
+    krylov = _grow(run, probes, run.come(_moments(run, samples)))
     known: KnownPart = Nothing()
     label = "Hutchinson"
     if krylov is not None:
@@ -132,7 +132,7 @@ def _grow(run: Run, probes: list[Tensor], come: float) -> Krylov | None:
             continue
         check = krylov.size + max(2, krylov.size // 8)
         samples = _sampled(run, probes, KrylovPart(space, krylov))
-        come = run.stop.probes_to_come(_moments(run, samples))
+        come = run.come(_moments(run, samples))
         if come <= krylov.size:
             break
         # Those at hand are redone with every basis, and so count for nothing in the comparison.
@@ -170,7 +170,7 @@ def by_hutch_pp(run: Run) -> tuple[Moments, str]:
             return moments, f"Hutch++, whole range of rank {basis.size}"
         basis.probe(min(block or 1, run.left))
         samples = basis.samples()
-        come = run.stop.probes_to_come(_moments(run, samples))
+        come = run.come(_moments(run, samples))
         if len(samples) >= run.least and come == 0:
             break
         if come > n / 2 and n / 2 <= run.spent <= budget - n:
@@ -297,7 +297,7 @@ def by_xtrace(run: Run) -> tuple[Moments, str]:
         if sketch.size < check and not finished:
             continue
         moments = sketch.moments()
-        if finished or run.stop.met(moments):
+        if run.come(moments, products=2) == 0 or finished:
             return moments, "XTrace"
         if n / 2 <= run.spent <= run.stop.max_matvecs - n:
             exact = unless_stopped(run.exactly)

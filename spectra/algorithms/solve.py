@@ -228,7 +228,7 @@ def solve(
     shifted = _Shifted(operator, float(damping))
     preconditioner = None if deflate is None else _Preconditioner(shifted, deflate)
     refinement = _Refinement(shifted, target, preconditioner, rtol=rtol, budget=budget, ncv=ncv)
-    with progress_bar("solve", budget, progress) as bar:
+    with progress_bar("solve", budget, progress, at_most=True) as bar:
         shifted.bar = bar
         # Stopped with nothing found yet, x = 0 has the residual b.
         with contextlib.suppress(Stopped):
@@ -582,6 +582,7 @@ class _Refinement:
         try:
             while minres.norm > enough and not minres.singular and self._left() > 1:
                 minres.step()
+                self._shifted.bar.tell(f"residual {minres.norm / self._norm_of_b:.0e}")
                 if snapshots is not None:
                     snapshots.round()
                 elif self._shifted.noise.settled:

@@ -36,7 +36,7 @@ def power_iteration(
     """ρ = ‖Hx‖ for the iterate x, until ‖H²x − ρ²x‖ <= tol ρ²; see `norm`."""
     space = operator.space
     iteration = _Iteration(operator, probes.sphere(space, probes.seeded(seed)))
-    with progress_bar("power iteration", max_matvecs, progress) as bar:
+    with progress_bar("power iteration", max_matvecs, progress, at_most=True) as bar:
         iteration.run(tol, max_matvecs, bar)
     x, y, rho = iteration.x, iteration.y, iteration.rho
     steps, residual, noise = iteration.steps, iteration.residual, iteration.noise
@@ -97,6 +97,7 @@ class _Iteration:
                     raise
                 return
             bar.update()
+            bar.tell(f"ρ = {self.rho:.4g}, residual {self.residual:.0e}")
             # A random x lies in the null space with probability 0: then the operator is zero.
             if self.rho == 0.0 or self.residual <= tol:
                 return
@@ -158,7 +159,7 @@ def lanczos(
     confidence = (1 + _CONFIDENCE) / 2
     largest = upper = gap = math.inf
     ritz = np.zeros(1)
-    with progress_bar("Lanczos", capacity, progress) as bar:
+    with progress_bar("Lanczos", capacity, progress, at_most=True) as bar:
         while not (krylov.full or krylov.exhausted or gap <= tol):
             try:
                 krylov.step()
@@ -175,6 +176,7 @@ def lanczos(
             below = upper_bound(-ritz, beside, space.n, confidence)
             upper = max(largest, above, below)
             gap = (upper - largest) / largest if largest > 0 else 0.0
+            bar.tell(f"between {largest:.4g} and {upper:.4g}")
     rounding = 4 * space.eps * largest
     noise = krylov.noise.relative
     floor = noise * largest

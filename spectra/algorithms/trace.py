@@ -132,7 +132,7 @@ def trace(
     else:
         stop = Stop("trace", rtol, atol, confidence, max_matvecs)
         estimator = {"auto": by_krylov, "hutch++": by_hutch_pp, "xtrace": by_xtrace}[method]
-        with progress_bar("trace", max_matvecs, progress) as bar:
+        with progress_bar("trace", max_matvecs, progress, at_most=True) as bar:
             run = probes.Run(operator, stop, seed, bar)
             moments, how = estimator(run)
             basis = run.basis

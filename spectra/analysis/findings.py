@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ __all__ = [
     "unchanged",
 ]
 
+# What is said of a finding stands in a column of its own, within the 80 of a terminal.
+_INDENT = 30
+_FOLDED = textwrap.TextWrapper(80 - _INDENT, break_on_hyphens=False)
 # In units of rounding: what the order of summation may change.
 _ROUNDING = 1e3
 # Digits that a reader looks at; beyond the second one none is left.
@@ -69,12 +73,12 @@ class Finding(Result):
     limit: float | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.level:8}{self.check:22}{self.message}"]
-        if self.where:
-            lines.append(f"{'':30}where: {_listed(self.where)}")
-        if self.remedy:
-            lines.append(f"{'':30}remedy: {self.remedy}")
-        return "\n".join(lines)
+        words = [self.message]
+        words += [f"where: {_listed(self.where)}"] if self.where else []
+        words += [f"remedy: {self.remedy}"] if self.remedy else []
+        lines = [line for text in words for line in _FOLDED.wrap(text) or [""]]
+        heads = [f"{self.level:8}{self.check:22}", *[" " * _INDENT] * (len(lines) - 1)]
+        return "\n".join(map(str.__add__, heads, lines))
 
     def in_words(self) -> str:
         """As one sentence, for the notes of a result."""

@@ -148,16 +148,15 @@ class Preflight(Result):
         lines += _choices(self.provenance.get("operator", {}))
         lines.append("")
         width = max(len(forecast.question) for forecast in self.forecasts)
-        lines.append(f"{'':{width}}  {'matvecs':>9}  {'time':>18}  largest basis")
+        lines.append(f"{'':{width}}  {'matvecs':>7}  {'time':>17}  largest basis")
         for f in self.forecasts:
-            low, high = (_time(s) for s in f.seconds)
             matvecs = f"{f.matvecs[0]}-{f.matvecs[1]}"
-            basis = f"{in_words(f.basis_bytes)}, {f.basis_place}" if f.basis_vectors else "-"
+            place = "" if f.basis_place == "device" else f" on {f.basis_place}"
+            basis = f"{in_words(f.basis_bytes)}{place}" if f.basis_vectors else "-"
             if f.matvecs[0] == f.matvecs[1]:
-                matvecs, span = str(f.matvecs[0]), low
-            else:
-                span = f"{low} to {high}"
-            lines.append(f"{f.question:{width}}  {matvecs:>9}  {span:>18}  {basis}")
+                matvecs = str(f.matvecs[0])
+            span = _span(*f.seconds)
+            lines.append(f"{f.question:{width}}  {matvecs:>7}  {span:>17}  {basis}")
         lines += [f"advice: {advice}" for advice in self.advice]
         return "\n".join(lines)
 
@@ -408,6 +407,15 @@ def _advice(
             f"analyze(H, budget='30min') keeps to a time: about {int(1800 / seconds)} products"
         )
     return advice
+
+
+def _span(least: float, most: float) -> str:
+    """From one time to another, with one unit where they share it."""
+    low, high = _time(least), _time(most)
+    if low == high:
+        return low
+    number, unit = low.split()
+    return f"{number if high.endswith(f' {unit}') else low} to {high}"
 
 
 def _time(seconds: float) -> str:

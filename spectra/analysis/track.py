@@ -137,7 +137,7 @@ def track(
     ):
         try:
             for saved, step in files:
-                bar.set_postfix_str(saved.path.name)
+                bar.tell(saved.path.name)
                 remarks = put_into(model, saved)
                 if not run.knows(step, saved.path, _digest_of(model)):
                     then = fixed or _optimizer_for(saved, optimizer)

@@ -187,6 +187,8 @@ def memory_ran_out(error: BaseException) -> bool:
 
 def in_words(size: float) -> str:
     """A number of bytes for people."""
+    if size >= 2**40:
+        return f"{size / 2**40:.3g} TiB"
     return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
 
 

@@ -56,11 +56,12 @@ def test_layers_are_listed_and_modules_where_there_is_one_layer():
 
 def test_the_table_has_a_row_for_each_layer_in_the_models_order():
     lines = str(blocks({"embed.weight": 1000, "h.0.q.weight": 4, "h.0.k.weight": 6, "w": 2}))
-    title, caption, head, *rows = lines.splitlines()
+    title, mean, caption, head, *rows = lines.splitlines()
     assert title.startswith("traces of 3 layers (exact")
+    assert mean == "mean: the trace per parameter"
     assert "λ" in caption
     # The eigenvalues of largest magnitude.
-    assert head.split()[-6:] == ["λ", "=", "-9", "λ", "=", "3"]
+    assert head.split()[-4:] == ["λ", "-9", "λ", "3"]
     assert [row.split()[0] for row in rows] == ["embed", "h.0", "(itself)"]
     assert rows[0].split() == ["embed", "1,000", "1", "0", "0.001", "25.0%", "25.0%"]
     assert rows[1].split() == ["h.0", "10", "5", "0", "0.5", "50.0%", "50.0%"]
@@ -75,7 +76,7 @@ def test_a_long_table_keeps_the_largest_and_sums_the_others():
     assert others.trace.value == sum(range(1, 17))
     assert others.size == 32
     assert others.masses == pytest.approx(np.full(3, 16 / 40))
-    assert len(str(found).splitlines()) == 28
+    assert len(str(found).splitlines()) == 29
     assert len(found.rows("layer")) == 40
 
 

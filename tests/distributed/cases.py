@@ -1,6 +1,6 @@
 """What each of several processes computes in the tests: `python -m tests.distributed.cases`.
 
-    CASE RANK SIZE FOLDER
+    CASE SIZE FOLDER
 
 The processes find one another through a file in FOLDER, and leave there what they found.
 """
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -470,7 +471,7 @@ def resumed(H: Any, path: Path, *, after: int | None = None, how: str = "") -> d
 @case
 def checkpoints(rank: int, size: int) -> Any:
     """A run that is ended in two ways and goes on, and what is refused."""
-    folder = Path(sys.argv[4])
+    folder = Path(sys.argv[3])
     found: dict[str, Any] = {"whole": resumed(spread("mlp", rank, size), folder / "whole")}
     with pytest.raises(spectra.SpectraError, match="enough"):
         resumed(spread("mlp", rank, size), folder / "run", after=30)
@@ -489,7 +490,7 @@ def checkpoints(rank: int, size: int) -> Any:
 @case
 def sharded_checkpoints(rank: int, size: int) -> Any:
     """A run in shards that is ended in two ways and goes on."""
-    folder = Path(sys.argv[4])
+    folder = Path(sys.argv[3])
 
     def operator() -> Any:
         return sharded("mlp", rank, size, batches=3, recompute="none")
@@ -508,13 +509,13 @@ def sharded_checkpoints(rank: int, size: int) -> Any:
 def going_on_in_shards(rank: int, size: int) -> Any:
     """The same run on another number of ranks."""
     H = sharded("mlp", rank, size, batches=3, recompute="none")
-    return resumed(H, Path(sys.argv[4]) / "recorded")
+    return resumed(H, Path(sys.argv[3]) / "recorded")
 
 
 @case
 def going_on(rank: int, size: int) -> Any:
     """The same run on another number of ranks."""
-    return resumed(spread("mlp", rank, size), Path(sys.argv[4]) / "recorded")
+    return resumed(spread("mlp", rank, size), Path(sys.argv[3]) / "recorded")
 
 
 # --- running them --------------------------------------------------------------------------------
@@ -523,35 +524,56 @@ def going_on(rank: int, size: int) -> Any:
 def run(name: str, size: int, folder: Path, *, lost: tuple[int, ...] = ()) -> list[Any]:
     """What each of `size` processes returned; None for those that are to be lost."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, name, str(rank), str(size), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for rank in range(size)
-    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, name, str(size), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        start_new_session=True,
+    )
     try:
-        said = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for rank, process in enumerate(processes):
-        assert rank in lost or process.returncode == 0, "\n\n".join(said)
+        said = process.communicate(timeout=200)[0]
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == len(lost), said
     return [
         None if rank in lost else torch.load(folder / f"{rank}.pt", weights_only=False)
         for rank in range(size)
     ]
 
 
-def main() -> None:
-    """One of the processes."""
-    name, rank, size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+def main() -> int:
+    """Start one process for each rank, and return how many of them failed.
+
+    They are forked: to import PyTorch in each of them takes longer than what they compute.
+    """
+    name, size, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
+    if name in {"products", "sharded_products"}:
+        # Whatever these import, once.
+        for other in PROBLEMS:
+            problem(other)
+    ranks = []
+    for rank in range(size):
+        if (started := os.fork()) == 0:
+            status = 1
+            try:
+                compute(name, rank, size, folder)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        ranks.append(started)
+    return sum(os.waitpid(rank, 0)[1] != 0 for rank in ranks)
+
+
+def compute(name: str, rank: int, size: int, folder: Path) -> None:
+    """One of the processes."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=size, timeout=TIMEOUT
     )
@@ -562,4 +584,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,7 @@
 """Data spread over processes give what they give in one; what fails on one, fails on all."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,9 @@ from spectra.distributed.launch import EveryNth
 from spectra.errors import ArgumentError, ArgumentTypeError
 from tests.distributed import cases
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not there")
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and hasattr(os, "fork")), reason="no torch.distributed, or no fork"
+)
 
 
 def alone(name, dtype=torch.float64):

@@ -53,7 +53,7 @@ def require_packages(checkpoint: Checkpoint) -> None:
     ------
     TargetError
     """
-    needed, what = ["transformers"], "a Hugging Face model"
+    needed, what = ["transformers", "tokenizers"], "a Hugging Face model"
     if checkpoint.gguf is not None:
         needed, what = [*needed, "gguf", "accelerate"], "a GGUF file"
     if checkpoint.adapter is not None:
