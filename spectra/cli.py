@@ -585,8 +585,10 @@ def _run(
         say(f"Going on from what {checkpoint} holds\n")
     with _stdout_to_stderr(as_json), _telling_how_to_resume(checkpoint):
         analysis = analyze(operator, checkpoint=checkpoint, **options)
-    if not writes:
+    whole = operator.collected(analysis)
+    if not writes or whole is None:
         return _CONVERGED if analysis.converged else _NOT_CONVERGED
+    analysis = whole
     # Before anything is drawn: a figure that fails costs no result.
     summary = storage.write_run(analysis, out, title=title, source=source, overwrite=overwrite)
     say(f"{analysis}\n")

@@ -40,6 +40,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Result",
     "decode",
+    "dimension",
     "encode",
     "load",
     "load_staged",
@@ -129,6 +130,31 @@ class Result:
         return html
 
 
+def dimension(result: Any, length: int) -> int:
+    """The n of the operator that a result with vectors of some length is of.
+
+    Of vectors that are spread over processes a result has a part.
+    """
+    n = (result.provenance.get("operator") or {}).get("n")
+    return n if type(n) is int and n > length else length
+
+
+def _refuse_parts(result: Result) -> None:
+    """Refuse vectors that are spread over processes: each would write its part over the others."""
+    operator = getattr(result, "provenance", {}).get("operator") or {}
+    for field in dataclasses.fields(result):
+        value = getattr(result, field.name)
+        if isinstance(value, Result):
+            _refuse_parts(value)
+        elif isinstance(value, Tensor) and "sharded" in operator and len(value) < operator["n"]:
+            msg = (
+                f"the vectors of this {type(result).__name__} are spread over processes: gather "
+                "them with H.collected(result), on all ranks, and save what rank 0 gets; or have "
+                "every rank write its part with H.space.save_vectors(result.vectors, directory)"
+            )
+            raise StorageError(msg)
+
+
 def stage_result(result: Result, path: str | Path) -> Staged:
     """Bring a result to the disk beside the one that it is to replace.
 
@@ -137,6 +163,7 @@ def stage_result(result: Result, path: str | Path) -> Staged:
     StorageError
         As `Result.save`; nothing is left behind.
     """
+    _refuse_parts(result)
     stem = _stem(path)
     arrays: dict[str, Tensor] = {}
     try:

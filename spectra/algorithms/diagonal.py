@@ -31,7 +31,7 @@ from spectra.names import short_name
 from spectra.objective.parameters import ParameterSpace
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
-from spectra.results import Result, versions
+from spectra.results import Result, dimension, versions
 
 if TYPE_CHECKING:
     from spectra.algorithms.eigen import Eigenpairs
@@ -146,7 +146,7 @@ class DiagonalEstimate(Result):
     def __str__(self) -> str:
         probes = "" if self.exact else f"; {self.probes} probe{'' if self.probes == 1 else 's'}"
         how = f"{'exact, ' if self.exact else ''}{self.method}{probes}, {self.matvecs} matvecs"
-        lines = [f"diagonal of n = {len(self.values):,} ({how})"]
+        lines = [f"diagonal of n = {dimension(self, len(self.values)):,} ({how})"]
         if not self.exact:
             lines.append(
                 f"relative error of the whole vector at most {self.relative_error:.2g} "

@@ -30,7 +30,7 @@ from spectra.journal import seal
 from spectra.objective.places import Place
 from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
-from spectra.results import Result, versions
+from spectra.results import Result, dimension, versions
 
 __all__ = ["Basis", "Eigenpairs", "Which", "check_eigsh_arguments", "eigsh"]
 
@@ -157,6 +157,11 @@ class Eigenpairs(Result):
         return np.minimum(np.nan_to_num(errors, nan=0.0, posinf=math.inf), self.residuals)
 
     @property
+    def n(self) -> int:
+        """How many eigenvalues the operator has."""
+        return dimension(self, len(self.vectors))
+
+    @property
     def within_noise(self) -> np.ndarray:
         """(k,) whether the value is no larger than the operator noise: not even its sign is known.
 
@@ -165,7 +170,7 @@ class Eigenpairs(Result):
         return (np.abs(self.values) <= self.floor) & (self.noise > LOUD)
 
     def __str__(self) -> str:
-        n = len(self.vectors)
+        n = self.n
         good = int(self.converged.sum())
         wanted = _NAMES[self.which] if self.above is None else _beyond(self.which, self.above)
         lines = [

@@ -32,7 +32,7 @@ from spectra.algorithms.resuming import resumable
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.journal import Snapshots, Stopped
 from spectra.operators.base import SymmetricOperator, as_operator
-from spectra.results import Result, versions
+from spectra.results import Result, dimension, versions
 
 if TYPE_CHECKING:
     from spectra.algorithms.eigen import Eigenpairs
@@ -114,8 +114,8 @@ class Solution(Result):
         measured = "not measured" if self.partial else "measured"
         verdict = "converged to" if self.converged else "not converged to"
         lines = [
-            f"x of {matrix} x = b, n = {len(self.x):,}: ‖{matrix} x − b‖ = {self.residual:.3g}, "
-            f"{self.relative_residual:.2g} of ‖b‖ ({measured}), {verdict} rtol = {self.rtol:g} "
+            f"x of {matrix} x = b, n = {dimension(self, len(self.x)):,}: "
+            f"‖{matrix} x − b‖ = {self.residual:.3g}, {self.relative_residual:.2g} of ‖b‖ ({measured}), {verdict} rtol = {self.rtol:g} "
             f"({self.method}; {self.matvecs} matvecs)"
         ]
         if self.negative_curvature is not None:

@@ -234,7 +234,7 @@ def _eigenvalues(first: Eigenpairs, second: Eigenpairs) -> Iterator[Difference]:
 def _ends(pairs: Eigenpairs) -> tuple[int, int]:
     """How many of the values are the largest of all, and how many the smallest."""
     k = len(pairs)
-    if k == len(pairs.vectors):
+    if k == pairs.n:
         return k, 0
     if pairs.which == "LM":
         # A positive one among the largest in magnitude is among the largest; so for negative ones.

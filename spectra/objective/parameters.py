@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from spectra.errors import ArgumentError, ArgumentTypeError, ParameterSelectionError
+from spectra.objective.stored_vectors import Box, read_parts, write_part
 from spectra.objective.vectors import VectorSpace, dot
 
 __all__ = [
@@ -136,6 +138,55 @@ class ParameterSpace(VectorSpace):
             return parts
         chosen = matching([([name], part) for name, part in parts.items()], params)
         return {names[0]: part for names, part in chosen}
+
+    def save_vectors(self, vectors: Tensor, directory: str | Path) -> None:
+        """Store vectors (n, k), such as eigenvectors, by parameter in files of safetensors.
+
+        Where parameters are spread over processes each of them calls this, and writes its part.
+
+        Raises
+        ------
+        ArgumentError
+            They are not of this space.
+        StorageError
+            The files cannot be written.
+        """
+        if vectors.dim() != 2 or len(vectors) != self.length:
+            msg = f"expected vectors ({self.length}, k) as columns, got {tuple(vectors.shape)}"
+            raise ArgumentError(msg)
+        parts = {
+            name: (box, vectors[self.slices[name]].T.reshape(-1, *box[1]))
+            for name, box in self._boxes(written=True).items()
+        }
+        write_part(Path(directory), self._place, parts, self._whole_shapes())
+
+    def load_vectors(self, directory: str | Path) -> Tensor:
+        """Vectors (n, k) that `save_vectors` stored, from any number of processes.
+
+        Raises
+        ------
+        StorageError
+            They are of other parameters, damaged or incomplete.
+        """
+        parts = read_parts(Path(directory), self._boxes(), self._whole_shapes())
+        count = max((len(part) for part in parts.values()), default=0)
+        vectors = self.empty(count).T
+        for name, part in parts.items():
+            vectors[self.slices[name]] = part.reshape(count, -1).T.to(vectors)
+        return vectors
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """The number of this process, and of how many."""
+        return 0, 1
+
+    def _boxes(self, *, written: bool = False) -> dict[str, Box]:
+        """Where what is here of every parameter is in it, if it is not empty."""
+        shapes = zip(self.names, self.shapes, strict=True)
+        return {name: ((0,) * len(s), tuple(s)) for name, s in shapes if s.numel()}
+
+    def _whole_shapes(self) -> dict[str, torch.Size]:
+        return dict(zip(self.names, self.shapes, strict=True))
 
     def modules(self) -> dict[str, tuple[slice, ...]]:
         """The places of each module's own parameters, by its name; adjacent ones joined."""

@@ -13,6 +13,7 @@ from spectra.distributed.collectives import Ranks
 from spectra.distributed.sharding import Sharding, is_spread, local
 from spectra.errors import ArgumentError
 from spectra.objective.parameters import ParameterSpace, Selection
+from spectra.objective.stored_vectors import Box
 
 __all__ = ["ShardedSpace"]
 
@@ -184,6 +185,21 @@ class ShardedSpace(ParameterSpace):
         """The sum over all processes, in place."""
         self._ranks.add(partial)
         return partial
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self._ranks.rank, self._ranks.size
+
+    def _boxes(self, *, written: bool = False) -> dict[str, Box]:
+        # Of copies one is written.
+        return {
+            name: (layout.starts, tuple(layout.shard))
+            for name, layout, owned in zip(self.names, self._layouts, self._owned, strict=True)
+            if layout.shard.numel() and (owned or not written)
+        }
+
+    def _whole_shapes(self) -> dict[str, torch.Size]:
+        return {n: layout.shape for n, layout in zip(self.names, self._layouts, strict=True)}
 
     def _by_parameter(self, value: Callable[[slice], Tensor]) -> np.ndarray:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -6,10 +6,11 @@ border between NumPy and torch is in this file and nowhere else.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.sparse
@@ -27,8 +28,11 @@ from spectra.journal import current
 from spectra.objective.identity import digest
 from spectra.objective.parameters import ParameterSpace
 from spectra.objective.vectors import VectorSpace
+from spectra.results import Result
 
 __all__ = ["MatrixOperator", "SumOperator", "SymmetricOperator", "as_operator"]
+
+R = TypeVar("R", bound=Result)
 
 _NUMPY_DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
@@ -108,6 +112,24 @@ class SymmetricOperator(LinearOperator):
         else:
             products = journal.product(rows, self._checked_products)
         return products[0] if vectors.dim() == 1 else products.T
+
+    def collected(self, result: R) -> R | None:
+        """A result whose vectors are whole, to be saved: on rank 0, and None on the others.
+
+        Called on all ranks, where parameters are spread over them; elsewhere the result itself. On
+        rank 0 the vectors then take n numbers each, in the host's memory.
+        """
+        if not self.space.spread:
+            return result
+        changed: dict[str, Any] = {}
+        for field in dataclasses.fields(result):
+            value = getattr(result, field.name)
+            if isinstance(value, Result):
+                changed[field.name] = self.collected(value)
+            elif isinstance(value, Tensor):
+                changed[field.name] = self.space.collected(value.T if value.dim() > 1 else value).T
+        first = self.space.ranks is None or self.space.ranks.rank == 0
+        return dataclasses.replace(result, **changed) if first else None
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed, as text by name.

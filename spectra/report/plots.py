@@ -170,7 +170,7 @@ def plot_eigenpairs(pairs: Eigenpairs, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("index, in descending order")
     ax.set_ylabel("eigenvalue λ")
     title = f"{count} {'eigenvalue' if count == 1 else 'eigenvalues'} "
-    title += f"({_WHICH.get(pairs.which, pairs.which)}) of n = {len(pairs.vectors):,}"
+    title += f"({_WHICH.get(pairs.which, pairs.which)}) of n = {pairs.n:,}"
     _finish(ax, f"{title}; {missed} did not converge" if missed else title)
     ax.legend(loc="best", fontsize="small")
     return ax

@@ -200,7 +200,7 @@ def _heading(analysis: Analysis) -> str:
     operator = analysis.provenance.get("operator", {})
     name = operator.get("model") or operator.get("function")
     subject = f"Curvature of {name}" if name else "Spectrum of a symmetric operator"
-    return f"{subject} (n = {len(analysis.eigenpairs.vectors):,})"
+    return f"{subject} (n = {analysis.eigenpairs.n:,})"
 
 
 def _summary(analysis: Analysis) -> str:

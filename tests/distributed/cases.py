@@ -237,6 +237,34 @@ def answers(rank: int, size: int) -> Any:
 
 
 @case
+def sharded_results(rank: int, size: int) -> Any:
+    """Eigenvectors in shards, gathered, and on the disk."""
+    folder = Path(sys.argv[3])
+    H = sharded("mlp", rank, size, batches=2, recompute="none")
+    pairs = spectra.eigsh(H, 2, tol=1e-8, progress=False)
+    with pytest.raises(spectra.errors.StorageError) as refused:
+        pairs.save(folder / f"refused {rank}")
+    whole = H.collected(pairs)
+    if whole is not None:
+        whole.save(folder / "whole")
+    H.space.save_vectors(pairs.vectors, folder / "vectors")
+    dist.barrier()
+    model, loss, data = problem("mlp")
+    turned = spectra.HessianOperator(
+        shard(model, init_device_mesh("cpu", (size, 1))), loss, data[:2]
+    )
+    again = H.space.load_vectors(folder / "vectors")
+    return {
+        "text": str(pairs),
+        "refused": str(refused.value),
+        "here": whole is not None,
+        "again": bool(torch.equal(again, pairs.vectors)),
+        "in other shards": turned.space.whole(turned.space.load_vectors(folder / "vectors").T),
+        "by module": H.space.unflatten(pairs.vectors[:, 0].contiguous(), "2.*"),
+    }
+
+
+@case
 def sharded_answers(rank: int, size: int) -> Any:
     """Every question of the MLP in shards."""
     # Of few batches, and with all parameters gathered together: it makes no odds to the questions.

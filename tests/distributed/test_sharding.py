@@ -97,6 +97,37 @@ def test_a_run_goes_on_in_other_shards_or_in_none(tmp_path):
     assert unsharded["products"] <= whole["products"] - 29 + 2
 
 
+def test_eigenvectors_are_gathered_and_stored(tmp_path):
+    model, loss, data = cases.problem("mlp")
+    H = spectra.HessianOperator(model, loss, data[:2])
+    right = spectra.eigsh(H, 2, tol=1e-8, progress=False)
+    found = cases.run("sharded_results", 3, tmp_path)
+    whole = spectra.load(tmp_path / "whole")
+    torch.testing.assert_close(whole.vectors, right.vectors, rtol=0, atol=1e-7)
+    assert "2 eigenpairs (largest in magnitude) of n = 74" in str(whole)
+    loaded = H.space.load_vectors(tmp_path / "vectors")
+    assert torch.equal(loaded, whole.vectors)
+    first = H.space.unflatten(loaded[:, 0].contiguous(), "2.*")
+    assert set(first) == {"2.weight", "2.bias"}
+    for rank, answer in enumerate(found):
+        assert answer["text"] == str(whole)
+        assert "spread over processes: gather them with H.collected(result)" in answer["refused"]
+        assert answer["here"] == (rank == 0)
+        assert answer["again"]
+        assert torch.equal(answer["in other shards"].T, whole.vectors)
+        assert all(torch.equal(answer["by module"][name], part) for name, part in first.items())
+    assert not list(tmp_path.glob("refused*"))
+    (tmp_path / "vectors" / "vectors-00002-of-00003.json").unlink()
+    with pytest.raises(spectra.errors.StorageError, match="could not read vectors"):
+        H.space.load_vectors(tmp_path / "vectors")
+    with pytest.raises(spectra.errors.StorageError, match="not of these parameters"):
+        H.block("2.*").space.load_vectors(tmp_path / "vectors")
+    with pytest.raises(spectra.errors.StorageError, match="there are no vectors in"):
+        H.space.load_vectors(tmp_path)
+    with pytest.raises(spectra.errors.ArgumentError, match=r"expected vectors \(74, k\)"):
+        H.space.save_vectors(loaded.T, tmp_path / "other")
+
+
 def test_what_one_rank_does_otherwise_ends_it_on_all(tmp_path):
     found = cases.run("sharded_failures", 3, tmp_path)
     for rank, answer in enumerate(found):
