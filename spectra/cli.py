@@ -254,6 +254,7 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
         "probes": arguments.probes,
         "trace": arguments.trace or both,
         "density": arguments.density or both,
+        "landscape": arguments.landscape,
         "ncv": arguments.ncv,
         "basis": arguments.basis,
         "budget": arguments.budget,
@@ -1035,6 +1036,11 @@ def _add_questions(group: argparse._ArgumentGroup) -> None:
     )
     add("--trace", action="store_true", help="trace, by layer too, and Frobenius norm")
     add("--density", action="store_true", help="spectral density; without either option, both")
+    add(
+        "--landscape",
+        action="store_true",
+        help="besides, the loss along up to three eigenvectors: the time of some ten products",
+    )
     for name, kind, text in (
         ("tol", _tolerance, "residual of an eigenpair, relative to its eigenvalue"),
         ("rtol", _tolerance, "half-width of the 95 %% interval of the trace, relative"),
