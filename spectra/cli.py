@@ -1039,7 +1039,7 @@ def _add_questions(group: argparse._ArgumentGroup) -> None:
     add(
         "--landscape",
         action="store_true",
-        help="besides, the loss along up to three eigenvectors: the time of some ten products",
+        help="besides, the loss along up to three eigenvectors: the time of 10 to 20 products",
     )
     for name, kind, text in (
         ("tol", _tolerance, "residual of an eigenpair, relative to its eigenvalue"),

@@ -46,9 +46,9 @@ _DEFAULT_COUNT = 10
 _SHARE_OF_EIGENPAIRS = 0.6
 _KEPT_FOR_TRACE = 8
 _LEAST_STEPS = 4
-# What the loss along eigenvectors takes, in products at most: one of them is two gradients, each of
-# which takes as long as three evaluations.
-_LANDSCAPE_AS_PRODUCTS = math.ceil(math.prod(SLICES) / 6) + 1
+# What the loss along eigenvectors takes, in products: an evaluation is a third of a gradient, and so
+# of a product where graphs are kept; of one where they are not it is less.
+_LANDSCAPE_AS_PRODUCTS = math.ceil(math.prod(SLICES) / 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,8 +223,9 @@ def analyze(
         Whether to compute these (the Frobenius norm comes with the trace).
     landscape
         Whether the loss of a Hessian is evaluated along up to three eigenvectors, those of largest
-        |λ|, at 21 points each: evaluations without a derivative and one gradient, which together
-        take as long as 8 to 12 products, and count as none of a budget of products.
+        |λ|, at 21 points each: evaluations without a derivative and one gradient. They take as long
+        as 10 to 20 products (of a transformer, with graphs built anew and kept), and count as none
+        in a budget of products.
     budget
         Most matvecs (100), or a time ("90s", "10min", "2h"), of the whole run. The eigenpairs take
         at most 60 % of it, the density gets fewer steps where it is short. A time is turned into
