@@ -160,7 +160,8 @@ def test_the_demo_succeeds_says_what_it_does_and_is_silent_on_stderr(demo):
 
 def test_the_demo_writes_figures_and_a_report_that_holds_them(demo):
     _, directory = demo
-    names = {"eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"}
+    names = {"eigenvalues", "density", "trace", "trace_by_layer", "eigenvectors_by_layer"}
+    names |= {"eigenvalues_symlog", "density_symlog", "landscape"}
     assert names <= {path.stem for path in directory.glob("*.svg")}
     assert names <= {path.stem for path in directory.glob("*.png")}
     page = (directory / "report.html").read_text(encoding="utf-8")

@@ -99,14 +99,18 @@ def test_the_page_and_the_figures_show_such_names_and_do_not_obey_them(analysis,
     title = "".join(NAMES.values())
     figures = save_figures(analysis, tmp_path)
     assert "trace_by_layer" in figures
-    path = write_report(analysis, tmp_path / "report.html", title=title, figures=figures)
+    path = write_report(analysis, tmp_path / "report.html", title=title)
     page = path.read_text(encoding="utf-8")
     tags = Tags(page)
     assert tags.found <= set(
         "html head meta title style body main h1 h2 p section ul li strong div figure img "
-        "figcaption table thead tbody tr th td".split()
+        "figcaption span button table thead tbody tr th td a code script".split()
     )
-    assert tags.attributes <= set("lang charset name content http-equiv class src alt".split())
+    assert page.count("<script") == page.count("</script>") == 1
+    assert tags.attributes <= set(
+        "lang charset name content http-equiv class src alt data-readings data-shown hidden role "
+        "aria-label aria-pressed type download href".split()
+    )
     assert is_harmless(page)
     assert "7 * 7" in page
     for name in NAMES.values():

@@ -46,8 +46,8 @@ _DEFAULT_COUNT = 10
 _SHARE_OF_EIGENPAIRS = 0.6
 _KEPT_FOR_TRACE = 8
 _LEAST_STEPS = 4
-# What the loss along eigenvectors takes, in products: an evaluation is a third of a gradient, and so
-# of a product where graphs are kept; of one where they are not it is less.
+# What the loss along eigenvectors takes, in products: an evaluation is a third of a gradient, which
+# is about what a product is where graphs are kept; where they are not a product is more.
 _LANDSCAPE_AS_PRODUCTS = math.ceil(math.prod(SLICES) / 3)
 
 

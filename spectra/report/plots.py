@@ -42,8 +42,11 @@ if TYPE_CHECKING:
     from spectra.results import Result
 
 __all__ = [
+    "ASIDE",
     "FIGURE_SIZE",
+    "DrawnDensity",
     "MassMap",
+    "density_drawn",
     "drawable",
     "mass_map",
     "plot",
@@ -58,6 +61,7 @@ __all__ = [
     "plot_landscape",
     "plot_trajectory",
     "scale_of",
+    "shown_sharpness",
 ]
 
 # Inches: the width of a page's text, at which 9 to 10 point lettering reads well in print.
@@ -70,7 +74,8 @@ _DENSITY = "#0072B2"
 _MEAN = "#009E73"
 _GREY = "#7F7F7F"
 # Where two analyses are drawn together.
-_TWO = ((_DENSITY, "o", -0.1), (_EIGENVALUES, "s", 0.1))
+ASIDE = (-0.1, 0.1)
+_TWO = ((_DENSITY, "o", ASIDE[0]), (_EIGENVALUES, "s", ASIDE[1]))
 
 _WHICH = {
     "LM": "largest in magnitude",
@@ -413,10 +418,8 @@ def plot_trajectory(
         `ax` is no matplotlib Axes.
     """
     of_threshold = any(m.threshold_preconditioned for m in trajectory)
-    rescaled = [m.preconditioned_sharpness for m in trajectory]
     if quantity is None:
-        shown = of_threshold and not np.isnan(rescaled).all()
-        quantity = "preconditioned" if shown else "sharpness"
+        quantity = shown_sharpness(trajectory)
     if quantity not in {"sharpness", "preconditioned"}:
         msg = f"quantity={quantity!r}; expected 'sharpness' or 'preconditioned'"
         raise ArgumentError(msg)
@@ -458,6 +461,13 @@ def plot_trajectory(
     _finish(ax, f"{label} over {len(steps)} measurements")
     ax.legend(loc="best", fontsize="small")
     return ax
+
+
+def shown_sharpness(trajectory: Trajectory) -> Literal["sharpness", "preconditioned"]:
+    """What is drawn unless somebody asks: what the threshold is of, if it was measured."""
+    of_threshold = any(m.threshold_preconditioned for m in trajectory)
+    measured = any(not math.isnan(m.preconditioned_sharpness) for m in trajectory)
+    return "preconditioned" if of_threshold and measured else "sharpness"
 
 
 def plot_block_spectra(spectra: BlockSpectra, ax: Axes | None = None) -> Axes:
@@ -1012,6 +1022,26 @@ def _curve(density: SpectralDensity, width: float | None, x0: float, scale: str)
     places = np.arcsinh(edges / x0)
     centres = x0 * np.sinh((places[1:] + places[:-1]) / 2)
     return _Curve(edges, centres, shares / np.diff(places), ends)
+
+
+class DrawnDensity(NamedTuple):
+    """The curve of a figure: edges (bins + 1,) in λ, and (bins,) its mean and 95% band."""
+
+    edges: np.ndarray
+    centres: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def density_drawn(
+    density: SpectralDensity, scale: Literal["linear", "symlog"] = "linear"
+) -> DrawnDensity | None:
+    """What `plot_density` draws per unit of its axis; None where there are no nodes."""
+    curve = _curve(density, None, _resolution_near_zero(density, None), scale)
+    if curve is None:
+        return None
+    return DrawnDensity(curve.edges, curve.centres, curve.mean, *_band(curve, 0.95, 0.0))
 
 
 def _bin_edges(density: SpectralDensity, widths: np.ndarray, x0: float, scale: str) -> np.ndarray:
