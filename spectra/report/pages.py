@@ -92,9 +92,10 @@ class Drawing:
 
     def _place(self, ax: Axes, reading: Reading) -> tuple[float, float, str] | None:
         """Where on the image it is; None outside of the frame."""
-        foot = reading.y is None
-        transform = ax.get_xaxis_transform() if foot else ax.transData
-        pixel = transform.transform((reading.x, 0.0 if reading.y is None else reading.y))
+        if reading.y is None:
+            pixel = ax.get_xaxis_transform().transform((reading.x, plots.STEM))
+        else:
+            pixel = ax.transData.transform((reading.x, reading.y))
         inside = ax.transAxes.inverted().transform(pixel)
         # The centres of outermost markers may lie on the frame.
         if not ((inside >= -0.01) & (inside <= 1.01)).all():

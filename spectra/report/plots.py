@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ASIDE",
     "FIGURE_SIZE",
+    "STEM",
     "DrawnDensity",
     "MassMap",
     "density_drawn",
@@ -87,6 +88,8 @@ _WHICH = {
 _MANY_TIMES = 20.0
 # Below this share of the axis the bulk of a spectrum is a line, and gets an inset of its own.
 _NARROW = 0.35
+# Height of an outlier's stem, as a share of the axis, where its mass has no place on that.
+STEM = 0.12
 # Letters of a name beside its bar.
 _LONGEST_NAME = 30
 # Eigenvectors in a map of their mass, and those for which there is room to write the numbers, too.
@@ -1102,7 +1105,7 @@ def _draw_atoms(ax: Axes, density: SpectralDensity, *, fixed: bool) -> None:
         return
     # All have the same mass, so on an axis of another quantity the height has nothing to tell.
     transform = ax.get_xaxis_transform() if fixed else ax.transData
-    foot, head = (0.0, 0.12) if fixed else (ax.get_ylim()[0], 1 / density.n)
+    foot, head = (0.0, STEM) if fixed else (ax.get_ylim()[0], 1 / density.n)
     ax.vlines(atoms, foot, head, colors=_EIGENVALUES, linewidth=1.0, transform=transform)
     noun = "outlier" if density.steps else "eigenvalue"
     noun += ", of mass" if len(atoms) == 1 else "s, each of mass"

@@ -35,7 +35,7 @@ _MOST_NODES = 300
 
 
 class Reading(NamedTuple):
-    """A place on a figure's first Axes, in its own units, and what it says; y None: at the foot."""
+    """A place on a figure's first Axes, in its own units, and what it says; y None: on a stem."""
 
     x: float
     y: float | None
