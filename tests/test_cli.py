@@ -560,6 +560,14 @@ def test_without_a_choice_both_trace_and_density_are_computed(
     assert (summary["density"] is not None) is density
 
 
+def test_the_loss_along_eigenvectors_comes_beside_what_else_is_asked(place, undrawn):
+    summary = analyzed("targets.py:problem", "--landscape", "--trace", "--rtol", "0.5")
+    assert len(summary["landscape"]["directions"]) == 3
+    assert summary["seconds"]["landscape"] > 0
+    assert summary["trace"] is not None
+    assert summary["density"] is None
+
+
 def test_the_options_of_the_algorithms_arrive(place, undrawn):
     summary = analyzed(
         *("targets.py:operator", "--top", "2", "--tol", "0.01", "--rtol", "0.5"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 import pytest
 import torch
@@ -661,6 +663,22 @@ def test_a_result_without_a_figure_is_refused(ax):
 def test_what_is_no_axes_is_refused(kind, request):
     with pytest.raises(ArgumentTypeError, match="ax is a Figure; expected one matplotlib Axes"):
         request.getfixturevalue(kind).plot(Figure())
+
+
+def test_the_style_sheet_is_for_papers_and_for_all_eyes(pairs):
+    with matplotlib.style.context("spectra.report.spectra"):
+        rc = matplotlib.rcParams
+        # TrueType in PDF, outlines in SVG: never bitmaps or Type 3.
+        assert (rc["pdf.fonttype"], rc["ps.fonttype"], rc["svg.fonttype"]) == (42, 42, "path")
+        colours = {f"#{c.lstrip('#')}" for c in rc["axes.prop_cycle"].by_key()["color"]}
+        figure = Figure()
+        pairs.plot(figure.add_subplot())
+        pdf = io.BytesIO()
+        figure.savefig(pdf, format="pdf")
+    okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"}
+    assert {plots._DENSITY, plots._EIGENVALUES, plots._MEAN} <= colours <= okabe_ito
+    assert b"/Subtype /Type0" in pdf.getvalue() or b"/CIDFontType2" in pdf.getvalue()
+    assert b"/Subtype /Type3" not in pdf.getvalue()
 
 
 def test_without_axes_the_figure_is_pyplots(density):
