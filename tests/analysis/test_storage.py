@@ -40,8 +40,10 @@ def test_what_was_written_is_read_back(analysis, tmp_path):
 
 def test_the_summary_holds_the_loss_along_eigenvectors(tmp_path):
     # Beyond zero there is no loss: null, as JSON has no nan.
-    point = torch.full((2,), 0.5).double()
-    H = spectra.HessianOperator.from_function(lambda x: (x.log() ** 2).sum(), point)
+    weights = torch.tensor([1.0, 2.0]).double()
+    H = spectra.HessianOperator.from_function(
+        lambda x: -(weights * x.sqrt()).sum(), torch.ones(2).double()
+    )
     analysis = spectra.analyze(H, 1, landscape=True, density=False, trace=False)
     summary = write_run(analysis, tmp_path)["landscape"]
     found = read_run(tmp_path).landscape
