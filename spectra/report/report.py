@@ -81,7 +81,8 @@ _CAPTIONS = {
         "Loss along eigenvectors",
         "The loss itself at displacements along the eigenvectors of largest |λ|, and dashed the "
         "quadratic model: the loss here, its slope, and λ/2 times the displacement squared. Where "
-        "the two part, the Hessian says no more about the loss.",
+        "the two part, the Hessian says no more about the loss. Which way along an eigenvector "
+        "counts as positive is arbitrary.",
     ),
 }
 
