@@ -14,7 +14,8 @@ import spectra
 from spectra.analysis.storage import read_run, read_summary, write_run
 from spectra.cli import main
 from spectra.names import printable, short_name
-from spectra.report.report import save_figures, write_report
+from spectra.report.pages import write_figures
+from spectra.report.report import draw_figures, write_report
 
 NAMES = {
     "markup": "</td></script><script>alert(1)</script>",
@@ -97,9 +98,10 @@ def test_a_run_of_such_a_model_is_saved_and_read_back(analysis, tmp_path):
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_the_page_and_the_figures_show_such_names_and_do_not_obey_them(analysis, tmp_path):
     title = "".join(NAMES.values())
-    figures = save_figures(analysis, tmp_path)
-    assert "trace_by_layer" in figures
-    path = write_report(analysis, tmp_path / "report.html", title=title)
+    drawings = draw_figures(analysis)
+    figures = write_figures(drawings, tmp_path, ["svg"])
+    assert {"trace_by_layer", "eigenvectors_by_layer"} <= set(figures)
+    path = write_report(analysis, tmp_path / "report.html", title=title, figures=drawings)
     page = path.read_text(encoding="utf-8")
     tags = Tags(page)
     assert tags.found <= set(
