@@ -129,7 +129,19 @@ where the shell looks for it:
 """
 # What stands for files in the usage of a command.
 _PATHS = frozenset({"DIR", "FILE", "MODEL_DIR", "TARGET", "TARGET CHECKPOINT"})
-_FIGURES = frozenset({"eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"})
+_FIGURES = frozenset(
+    {
+        "eigenvalues",
+        "eigenvalues_symlog",
+        "density",
+        "density_symlog",
+        "trace",
+        "trace_by_layer",
+        "eigenvectors_by_layer",
+        "landscape",
+    }
+)
+_FORMATS = ("svg", "png")
 # Options of `analyze` that go with --hf, by its tasks.
 _LANGUAGE = ("tokens_per_sequence", "sequences_per_batch", "max_tokens", "dtype", "device")
 _TASKS = {
@@ -251,7 +263,7 @@ def _demo(arguments: argparse.Namespace) -> Callable[[], int]:
     return functools.partial(
         _run,
         operator,
-        {},
+        {"landscape": True},
         out=out,
         title="a small network on scikit-learn's digits",
         source={"demo": "digits"},
@@ -282,6 +294,7 @@ def _analyze(arguments: argparse.Namespace) -> Callable[[], int]:
         "probes": arguments.probes,
         "trace": arguments.trace or both,
         "density": arguments.density or both,
+        "landscape": arguments.landscape,
         "ncv": arguments.ncv,
         "basis": arguments.basis,
         "budget": arguments.budget,
@@ -474,13 +487,15 @@ def _report_trajectory(directory: Path, trajectory: Trajectory) -> int:
 
 def _draw_trajectory(trajectory: Trajectory, directory: Path, title: str | None) -> list[Path]:
     # matplotlib takes a second to import.
-    from spectra.report.report import save_figures
+    from spectra.report.pages import write_figures
+    from spectra.report.report import draw_figures
     from spectra.report.trajectory_page import write_trajectory_page
 
-    figures = save_figures(trajectory, directory)
+    figures = draw_figures(trajectory)
+    paths = write_figures(figures, directory, _FORMATS)
     page = directory / "trajectory.html"
     write_trajectory_page(trajectory, page, title=title, figures=figures)
-    return [*figures.values(), page]
+    return [*paths.values(), page]
 
 
 def _reached(m: Measurement) -> bool:
@@ -509,10 +524,13 @@ def _compare(arguments: argparse.Namespace) -> Callable[[], int]:
             _say(str(comparison))
         if arguments.out is not None:
             from spectra.report.comparison_page import write_comparison_page
-            from spectra.report.report import save_figures
+            from spectra.report.pages import write_figures
+            from spectra.report.report import draw_figures
 
-            save_figures(comparison, arguments.out)
-            page = write_comparison_page(comparison, arguments.out / "comparison.html")
+            figures = draw_figures(comparison)
+            write_figures(figures, arguments.out, _FORMATS)
+            page = arguments.out / "comparison.html"
+            write_comparison_page(comparison, page, figures=figures)
             if not arguments.json:
                 _say(f"\nWrote {page}")
         return _CONVERGED
@@ -629,16 +647,18 @@ def _how_to_resume(checkpoint: Path | None) -> str:
 
 def _draw(analysis: Analysis, directory: Path, title: str) -> list[Path]:
     # matplotlib takes a second to import.
-    from spectra.report.report import save_figures, write_report
+    from spectra.report.pages import write_figures
+    from spectra.report.report import draw_figures, write_report
 
-    figures = save_figures(analysis, directory)
+    figures = draw_figures(analysis)
+    paths = write_figures(figures, directory, _FORMATS)
     # A run that was overwritten may have had figures that this one has not.
     for name in _FIGURES.difference(figures):
-        for kind in ("svg", "png"):
+        for kind in _FORMATS:
             (directory / f"{name}.{kind}").unlink(missing_ok=True)
     page = directory / "report.html"
     write_report(analysis, page, title=f"Hessian of {title}", figures=figures)
-    return [*figures.values(), page]
+    return [*paths.values(), page]
 
 
 def _check_kind(arguments: argparse.Namespace) -> None:
@@ -1098,6 +1118,11 @@ def _add_questions(group: argparse._ArgumentGroup) -> None:
     )
     add("--trace", action="store_true", help="trace, by layer too, and Frobenius norm")
     add("--density", action="store_true", help="spectral density; without either option, both")
+    add(
+        "--landscape",
+        action="store_true",
+        help="besides, the loss along up to three eigenvectors: the time of 10 to 20 products",
+    )
     for name, kind, text in (
         ("tol", _tolerance, "residual of an eigenpair, relative to its eigenvalue"),
         ("rtol", _tolerance, "half-width of the 95 %% interval of the trace, relative"),

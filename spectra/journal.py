@@ -207,6 +207,12 @@ class Journal:
         self._append(*self._packed(name, value, self.owner.matvecs - matvecs))
         return value
 
+    def stop_if_asked(self) -> None:
+        """Let a run that was asked to stop end here, as it does before a product."""
+        if not (self.replaying or self._muted) and self._stops():
+            self.seal()
+            raise Stopped
+
     def recall(self, name: str, into: Tensor | None = None) -> Any:
         """The value on record if the next record is one of that name, else None.
 
@@ -523,6 +529,19 @@ def stopped() -> bool:
     """The run that is under way was asked to stop, and what follows is no part of it."""
     journal = _current.get()
     return journal is not None and journal.sealed and journal.signal is not None
+
+
+def stop_if_asked() -> None:
+    """Between pieces of work that are no products: where a run may end softly.
+
+    Raises
+    ------
+    Stopped
+        The run that is under way was asked to.
+    """
+    journal = _current.get()
+    if journal is not None:
+        journal.stop_if_asked()
 
 
 def unless_stopped(make: Callable[[], T]) -> T | None:

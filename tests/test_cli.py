@@ -160,7 +160,8 @@ def test_the_demo_succeeds_says_what_it_does_and_is_silent_on_stderr(demo):
 
 def test_the_demo_writes_figures_and_a_report_that_holds_them(demo):
     _, directory = demo
-    names = {"eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"}
+    names = {"eigenvalues", "density", "trace", "trace_by_layer", "eigenvectors_by_layer"}
+    names |= {"eigenvalues_symlog", "density_symlog", "landscape"}
     assert names <= {path.stem for path in directory.glob("*.svg")}
     assert names <= {path.stem for path in directory.glob("*.png")}
     page = (directory / "report.html").read_text(encoding="utf-8")
@@ -557,6 +558,14 @@ def test_without_a_choice_both_trace_and_density_are_computed(
     summary = analyzed("targets.py:problem", "--top", "1", *options)
     assert (summary["trace"] is not None) is trace
     assert (summary["density"] is not None) is density
+
+
+def test_the_loss_along_eigenvectors_comes_beside_what_else_is_asked(place, undrawn):
+    summary = analyzed("targets.py:problem", "--landscape", "--trace", "--rtol", "0.5")
+    assert len(summary["landscape"]["directions"]) == 3
+    assert summary["seconds"]["landscape"] > 0
+    assert summary["trace"] is not None
+    assert summary["density"] is None
 
 
 def test_the_options_of_the_algorithms_arrive(place, undrawn):

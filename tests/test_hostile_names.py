@@ -14,7 +14,8 @@ import spectra
 from spectra.analysis.storage import read_run, read_summary, write_run
 from spectra.cli import main
 from spectra.names import printable, short_name
-from spectra.report.report import save_figures, write_report
+from spectra.report.pages import write_figures
+from spectra.report.report import draw_figures, write_report
 
 NAMES = {
     "markup": "</td></script><script>alert(1)</script>",
@@ -97,16 +98,21 @@ def test_a_run_of_such_a_model_is_saved_and_read_back(analysis, tmp_path):
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_the_page_and_the_figures_show_such_names_and_do_not_obey_them(analysis, tmp_path):
     title = "".join(NAMES.values())
-    figures = save_figures(analysis, tmp_path)
-    assert "trace_by_layer" in figures
-    path = write_report(analysis, tmp_path / "report.html", title=title, figures=figures)
+    drawings = draw_figures(analysis)
+    figures = write_figures(drawings, tmp_path, ["svg"])
+    assert {"trace_by_layer", "eigenvectors_by_layer"} <= set(figures)
+    path = write_report(analysis, tmp_path / "report.html", title=title, figures=drawings)
     page = path.read_text(encoding="utf-8")
     tags = Tags(page)
     assert tags.found <= set(
         "html head meta title style body main h1 h2 p section ul li strong div figure img "
-        "figcaption table thead tbody tr th td".split()
+        "figcaption span button table thead tbody tr th td a code script".split()
     )
-    assert tags.attributes <= set("lang charset name content http-equiv class src alt".split())
+    assert page.count("<script") == page.count("</script>") == 1
+    assert tags.attributes <= set(
+        "lang charset name content http-equiv class src alt data-readings data-shown hidden role "
+        "aria-label aria-pressed type download href".split()
+    )
     assert is_harmless(page)
     assert "7 * 7" in page
     for name in NAMES.values():

@@ -206,11 +206,22 @@ class BlockTraces(Result):
 
     def table(self) -> tuple[list[BlockRow], BlockRow | None]:
         """The layers of largest |trace| in the model's order, and the others together if any."""
-        rows = [row._replace(name=row.name or "(itself)") for row in self.rows(self.grouping)]
+        rows = self.rows(self.grouping)
+        return self._largest(rows, [abs(row.trace.value) for row in rows])
+
+    def mass_table(self) -> tuple[list[BlockRow], BlockRow | None]:
+        """The same, of the layers in which most of some eigenvector lies."""
+        rows = self.rows(self.grouping)
+        return self._largest(rows, [float(row.masses.max(initial=0.0)) for row in rows])
+
+    def _largest(
+        self, rows: list[BlockRow], sizes: Sequence[float]
+    ) -> tuple[list[BlockRow], BlockRow | None]:
+        """As many rows as a table has room for, and the sum of the others."""
+        rows = [row._replace(name=row.name or "(itself)") for row in rows]
         if len(rows) <= _SHOWN_ROWS:
             return rows, None
-        sizes = np.array([abs(row.trace.value) for row in rows])
-        largest = set(np.argsort(-sizes, kind="stable")[: _SHOWN_ROWS - 1].tolist())
+        largest = set(np.argsort(-np.array(sizes), kind="stable")[: _SHOWN_ROWS - 1].tolist())
         groups = list(grouped(self.parameters, self.grouping).values())
         rest = [i for k, columns in enumerate(groups) if k not in largest for i in columns]
         others = self._row(f"{len(rows) - len(largest)} others", rest)

@@ -29,8 +29,9 @@ from spectra.algorithms.summation import spectral_interval
 from spectra.algorithms.trace import trace_estimate
 from spectra.analysis.budget import Budget, Ledger
 from spectra.analysis.gate import Strictness, check_strictness, checked_before
+from spectra.analysis.landscape import SLICES, Landscape, along_eigenvectors
 from spectra.analysis.sharing import Shared
-from spectra.errors import ArgumentError
+from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.journal import Stopped, ended, remember, unless_stopped
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.operators.hessian import HessianOperator
@@ -45,6 +46,9 @@ _DEFAULT_COUNT = 10
 _SHARE_OF_EIGENPAIRS = 0.6
 _KEPT_FOR_TRACE = 8
 _LEAST_STEPS = 4
+# What the loss along eigenvectors takes, in products: an evaluation is a third of a gradient, which
+# is about what a product is where graphs are kept; where they are not a product is more.
+_LANDSCAPE_AS_PRODUCTS = math.ceil(math.prod(SLICES) / 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,9 @@ class Analysis(Result):
     blocks
         How the trace is shared among layers and modules, from the same probes; None without the
         trace, and for an operator that is not of several modules.
+    landscape
+        The loss along the eigenvectors of largest |λ|, beside its quadratic model; None where it
+        was not asked for.
     value, gradient_norm
         L(θ) and ‖∇L(θ)‖, where the operator is a Hessian.
     matvecs, seconds
@@ -76,6 +83,7 @@ class Analysis(Result):
     frobenius_norm: Estimate | None = None
     density: SpectralDensity | None = None
     blocks: BlockTraces | None = None
+    landscape: Landscape | None = None
     value: float | None = None
     gradient_norm: float | None = None
     matvecs: dict[str, int] = field(default_factory=dict)
@@ -157,6 +165,7 @@ class Analysis(Result):
                 self.frobenius_norm,
                 self.blocks,
                 self.density,
+                self.landscape,
             )
             if part is not None
         ]
@@ -182,6 +191,7 @@ def analyze(
     probes: int = 3,
     trace: bool = True,
     density: bool = True,
+    landscape: bool = False,
     budget: Budget = None,
     preflight: Strictness = "warn",
     ncv: int | None = None,
@@ -211,6 +221,11 @@ def analyze(
         Of the density, as for `spectral_density`.
     trace, density
         Whether to compute these (the Frobenius norm comes with the trace).
+    landscape
+        Whether the loss of a Hessian is evaluated along up to three eigenvectors, those of largest
+        |λ|, at 21 points each: evaluations without a derivative and one gradient. They take as long
+        as 10 to 20 products (of a transformer, with graphs built anew and kept), and count as none
+        in a budget of products.
     budget
         Most matvecs (100), or a time ("90s", "10min", "2h"), of the whole run. The eigenpairs take
         at most 60 % of it, the density gets fewer steps where it is short. A time is turned into
@@ -240,6 +255,8 @@ def analyze(
     ------
     ArgumentError
         As `eigsh`, `spectral_density` and `trace` do; a budget too small for k eigenpairs.
+    ArgumentTypeError
+        A landscape of what is no Hessian of a loss.
     PreflightError
         With preflight="strict": a check ended in a warning or an error.
 
@@ -253,6 +270,12 @@ def analyze(
     check_tolerances(rtol, None, 0.95, max_matvecs)
     check_counts(steps, probes)
     check_strictness(preflight)
+    if landscape and not isinstance(operator, HessianOperator):
+        msg = (
+            f"a {type(operator).__name__} has no loss to evaluate; leave landscape=True out, or "
+            "pass the HessianOperator that it was made from"
+        )
+        raise ArgumentTypeError(msg)
     # Independent streams for the parts: probes must not repeat the start vector's numbers.
     streams = np.random.SeedSequence(int(seed)).generate_state(3)
     ledger = Ledger(operator, budget)
@@ -288,8 +311,11 @@ def analyze(
     provenance["operator"] = operator.describe()
     notes = [*concerns, *operator.describe().get("notes", ())]
     notes += _graph_notes(operator.describe())
-    measure = trace_result = frobenius = blocks = None
+    measure = trace_result = frobenius = blocks = slices = None
     with _kept(pairs):
+        if landscape and not ended():
+            slices = _landscape(ledger, operator, pairs, progress)
+            notes += [] if slices is not None else ["the budget left no time for the landscape"]
         if density:
             measure = _density(
                 ledger,
@@ -334,6 +360,7 @@ def analyze(
         frobenius_norm=frobenius,
         density=measure,
         blocks=blocks,
+        landscape=slices,
         value=value,
         gradient_norm=gradient_norm,
         matvecs={name: count for name, count in ledger.matvecs.items() if count},
@@ -394,6 +421,16 @@ def _found_pairs(operator: SymmetricOperator, k: int, **options: Any) -> Eigenpa
         if not isinstance(stopped.partial, Eigenpairs):
             raise
         return stopped.partial
+
+
+def _landscape(
+    ledger: Ledger, operator: Any, pairs: Eigenpairs, progress: bool | None
+) -> Landscape | None:
+    """The loss along the first eigenvectors; None where there is no time for it."""
+    if not ledger.affords(_LANDSCAPE_AS_PRODUCTS):
+        return None
+    compute = functools.partial(along_eigenvectors, operator, pairs, progress=progress)
+    return ledger.timed("landscape", compute)
 
 
 def _density(

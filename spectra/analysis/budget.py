@@ -110,6 +110,10 @@ class Ledger:
         allowed = seconds / max(self._seconds_per_product, 1e-9)
         return int(self._operator.space.agreed(allowed))
 
+    def affords(self, products: int) -> bool:
+        """Whether there is time for what takes as long as so many products, but is none."""
+        return self._most_seconds is None or self.left(products) >= products
+
     def seconds_for(self, count: int) -> str:
         """How long so many products take, in words, where the budget is a time."""
         if self._most_seconds is None:

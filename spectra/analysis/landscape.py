@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -18,18 +19,20 @@ from spectra.algorithms.progress import progress_bar
 from spectra.algorithms.resuming import resumable
 from spectra.analysis.differences import size
 from spectra.errors import ArgumentError, ArgumentTypeError, LossError, NonFiniteError
-from spectra.journal import remember, unless_stopped
+from spectra.journal import remember, stop_if_asked, unless_stopped
 from spectra.operators.base import as_operator
 from spectra.operators.hessian import HessianOperator
 from spectra.operators.transforms import refuse_scaled
 from spectra.results import Result, versions
 
-__all__ = ["Landscape", "landscape"]
+__all__ = ["SLICES", "Landscape", "along_eigenvectors", "landscape"]
 
 # By how much of itself, and at least of one, the loss changes at the end of the default span.
 _RISE = 0.5
 # Points along one direction, and on each side of a plane.
 _LINE, _SIDE = 41, 21
+# Of an analysis: eigenvectors at most, and points along each.
+SLICES = (3, 21)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +50,8 @@ class Landscape(Result):
     value
         L(θ₀).
     slopes, curvatures
-        (directions,) gᵀv and (directions, directions) vᵀHw, exact to rounding.
+        (directions,) gᵀv and (directions, directions) vᵀHw, exact to rounding; in an analysis the
+        curvatures are the eigenvalues, exact to their residuals.
     plane
         The values are those over a plane.
     weights_norm
@@ -191,7 +195,74 @@ def landscape(
     products = operator.apply(rows.T).T
     slopes = np.array([space.inner(gradient, row) for row in rows])
     curvatures = np.array([[space.inner(v, hw) for hw in products] for v in rows])
-    curvatures = (curvatures + curvatures.T) / 2
+    return _evaluated(
+        operator,
+        rows,
+        labels,
+        value=value,
+        slopes=slopes,
+        curvatures=(curvatures + curvatures.T) / 2,
+        plane=plane,
+        span=span,
+        points=points,
+        begun=begun,
+        progress=progress,
+        provenance={"seed": seed},
+    )
+
+
+def along_eigenvectors(
+    operator: HessianOperator, pairs: Eigenpairs, *, progress: bool | None = None
+) -> Landscape:
+    """The loss along the eigenvectors of largest |λ|, of which vᵀHv is known to be λ.
+
+    Costs `SLICES` evaluations, one gradient, and no product.
+    """
+    count, points = SLICES
+    shown = np.argsort(-np.abs(pairs.values), kind="stable")[:count]
+    # Only these: all vectors may be as many as the memory holds.
+    few = dataclasses.replace(
+        pairs, values=pairs.values[shown], vectors=pairs.vectors[:, shown.tolist()]
+    )
+    rows, labels = _rows(operator, few, plane=False)
+
+    def found() -> tuple[float, np.ndarray]:
+        value, gradient = operator.value_and_gradient()
+        return value, np.array([operator.space.inner(gradient, row) for row in rows])
+
+    value, slopes = remember("slopes", found)
+    return _evaluated(
+        operator,
+        rows,
+        labels,
+        value=value,
+        slopes=slopes,
+        curvatures=np.diag(few.values),
+        plane=False,
+        span=None,
+        points=points,
+        begun=operator.matvecs,
+        progress=progress,
+        provenance={},
+    )
+
+
+def _evaluated(
+    operator: HessianOperator,
+    rows: Tensor,
+    labels: tuple[str, ...],
+    *,
+    value: float,
+    slopes: np.ndarray,
+    curvatures: np.ndarray,
+    plane: bool,
+    span: float | None,
+    points: int,
+    begun: int,
+    progress: bool | None,
+    provenance: dict[str, Any],
+) -> Landscape:
+    """The loss at all points, or at those that there was time for."""
     notes: list[str] = []
     if span is None:
         span = _default_span(value, float(curvatures[0, 0]), notes)
@@ -210,6 +281,7 @@ def landscape(
                 else:
                     displacement = float(steps[j]) * rows[i]
                 point = functools.partial(_loss_at, operator, displacement)
+                stop_if_asked()
                 values[i, j], failure = remember("point", point)
                 if failure and failure not in failures:
                     failures.append(failure)
@@ -233,7 +305,7 @@ def landscape(
                 "operator": operator.describe(),
                 "span": span,
                 "points": points,
-                "seed": seed,
+                **provenance,
                 "versions": versions(),
             },
         )

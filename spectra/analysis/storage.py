@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from spectra.algorithms.blocks import BlockTraces, By
@@ -23,6 +24,7 @@ from spectra.algorithms.density import SpectralDensity
 from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate
 from spectra.analysis.analyze import Analysis
+from spectra.analysis.landscape import Landscape
 from spectra.documents import check_seal, is_checksum, read_document, sealed, to_bytes
 from spectra.errors import StorageError
 from spectra.files import replace_file
@@ -233,6 +235,7 @@ def summarize(
         "density": _density(analysis.density),
         "layer_traces": _block_traces(analysis.blocks, "layer"),
         "module_traces": _block_traces(analysis.blocks, "module"),
+        "landscape": _landscape(analysis.landscape),
         "sums": {name: _estimate(estimate) for name, estimate in analysis.sums.items()},
         "notes": list(analysis.notes),
         "matvecs": {"total": analysis.total_matvecs, **analysis.matvecs},
@@ -323,6 +326,27 @@ def _density(density: SpectralDensity | None) -> dict[str, Any] | None:
         "noise": density.noise,
         "floor": density.floor,
         "notes": list(density.notes),
+    }
+
+
+def _landscape(surface: Landscape | None) -> dict[str, Any] | None:
+    if surface is None:
+        return None
+    return {
+        "loss": surface.value,
+        "displacements": surface.displacements.tolist(),
+        "directions": [
+            {"of": label, "slope": float(slope), "curvature": float(curvature)}
+            for label, slope, curvature in zip(
+                surface.labels, surface.slopes, np.diag(surface.curvatures), strict=True
+            )
+        ],
+        "values": surface.values.tolist(),
+        "predictions": surface.predictions.tolist(),
+        "weights_norm": surface.weights_norm,
+        "evaluations": surface.evaluations,
+        "failures": list(surface.failures),
+        "notes": list(surface.notes),
     }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from spectra.analysis.comparison import Comparison, Difference
 from spectra.errors import ArgumentTypeError
-from spectra.report import plots
-from spectra.report.pages import Draw, Table, illustrated, write_page
+from spectra.report import plots, readings
+from spectra.report.pages import Draw, Drawing, Sketch, Table, drawn, illustrated, write_page
 
 __all__ = ["of_comparison", "write_comparison_page"]
 
@@ -33,7 +33,11 @@ _TABLE = (
 
 
 def write_comparison_page(
-    comparison: Comparison, path: str | Path, *, title: str | None = None
+    comparison: Comparison,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    figures: Mapping[str, str | Path | Drawing] | None = None,
 ) -> Path:
     """Write a comparison as one HTML page that needs no other file and no network.
 
@@ -45,6 +49,8 @@ def write_comparison_page(
         Of the page.
     title
         Heading; by default the names of the two.
+    figures
+        As of `write_report`.
 
     Returns
     -------
@@ -55,8 +61,10 @@ def write_comparison_page(
     ------
     ArgumentTypeError
         Not a Comparison.
+    ArgumentError
+        A figure that is neither SVG nor PNG.
     StorageError
-        The page cannot be written.
+        A figure cannot be read, or the page not written.
     """
     if not isinstance(comparison, Comparison):
         kind = type(comparison).__name__
@@ -71,7 +79,9 @@ def write_comparison_page(
         title=title or f"{first} and {second}",
         summary=_summary(comparison),
         notes=[("comparison", note) for note in comparison.notes],
-        figures=illustrated(of_comparison(comparison), _CAPTIONS),
+        figures=illustrated(
+            drawn(of_comparison(comparison)) if figures is None else figures, _CAPTIONS
+        ),
         differences=Table("Differences", _TABLE, head, rows),
         settings=[("other setting", text) for text in comparison.settings],
     )
@@ -79,9 +89,14 @@ def write_comparison_page(
 
 def of_comparison(comparison: Comparison) -> Draw:
     """What its figures are drawn with; the densities where both have one."""
-    draw = {"both_eigenvalues": lambda ax: plots.plot_both_eigenvalues(comparison, ax)}
+    draw = {
+        "both_eigenvalues": Sketch(
+            lambda ax: plots.plot_both_eigenvalues(comparison, ax),
+            readings.of_both_eigenvalues(comparison),
+        )
+    }
     if all(analysis.density is not None for analysis in comparison.analyses):
-        draw["both_densities"] = lambda ax: plots.plot_both_densities(comparison, ax)
+        draw["both_densities"] = Sketch(lambda ax: plots.plot_both_densities(comparison, ax))
     return draw
 
 

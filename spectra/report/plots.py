@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -42,8 +42,14 @@ if TYPE_CHECKING:
     from spectra.results import Result
 
 __all__ = [
+    "ASIDE",
     "FIGURE_SIZE",
+    "STEM",
+    "DrawnDensity",
+    "MassMap",
+    "density_drawn",
     "drawable",
+    "mass_map",
     "plot",
     "plot_block_spectra",
     "plot_blocks",
@@ -55,6 +61,8 @@ __all__ = [
     "plot_estimate",
     "plot_landscape",
     "plot_trajectory",
+    "scale_of",
+    "shown_sharpness",
 ]
 
 # Inches: the width of a page's text, at which 9 to 10 point lettering reads well in print.
@@ -67,7 +75,8 @@ _DENSITY = "#0072B2"
 _MEAN = "#009E73"
 _GREY = "#7F7F7F"
 # Where two analyses are drawn together.
-_TWO = ((_DENSITY, "o", -0.1), (_EIGENVALUES, "s", 0.1))
+ASIDE = (-0.1, 0.1)
+_TWO = ((_DENSITY, "o", ASIDE[0]), (_EIGENVALUES, "s", ASIDE[1]))
 
 _WHICH = {
     "LM": "largest in magnitude",
@@ -79,8 +88,13 @@ _WHICH = {
 _MANY_TIMES = 20.0
 # Below this share of the axis the bulk of a spectrum is a line, and gets an inset of its own.
 _NARROW = 0.35
+# Height of an outlier's stem, as a share of the axis, where its mass has no place on that.
+STEM = 0.12
 # Letters of a name beside its bar.
 _LONGEST_NAME = 30
+# Eigenvectors in a map of their mass, and those for which there is room to write the numbers, too.
+_MOST_COLUMNS = 30
+_NUMBERED_COLUMNS = 12
 
 
 def plot(result: Result, ax: Axes | None = None, **options: Any) -> Axes:
@@ -111,7 +125,7 @@ def plot(result: Result, ax: Axes | None = None, **options: Any) -> Axes:
     if isinstance(result, Analysis):
         parts = [
             f"analysis.{name}.plot()"
-            for name in ("eigenpairs", "density", "trace", "blocks")
+            for name in ("eigenpairs", "density", "trace", "blocks", "landscape")
             if getattr(result, name) is not None
         ]
         msg = (
@@ -134,7 +148,12 @@ def drawable(result: Result) -> bool:
     return type(result) in _DRAW
 
 
-def plot_eigenpairs(pairs: Eigenpairs, ax: Axes | None = None) -> Axes:
+def plot_eigenpairs(
+    pairs: Eigenpairs,
+    ax: Axes | None = None,
+    *,
+    scale: Literal["linear", "symlog"] | None = None,
+) -> Axes:
     """Eigenvalues by index, with residuals as error bars and the bounds on all the others.
 
     Parameters
@@ -143,22 +162,28 @@ def plot_eigenpairs(pairs: Eigenpairs, ax: Axes | None = None) -> Axes:
         From `spectra.eigsh`. Those that did not converge are drawn hollow.
     ax
         Where to draw; a new pyplot figure by default.
+    scale
+        Of the vertical axis: "linear"; or "symlog", logarithmic for both signs and linear only
+        below the smallest |λ|. By default the latter where the values differ by more than a factor
+        of 20.
 
     Returns
     -------
     Axes
-        Its vertical axis is symmetric-logarithmic where the values differ by more than a factor
-        of 20.
 
     Raises
     ------
+    ArgumentError
+        An unknown scale.
     ArgumentTypeError
         `ax` is no matplotlib Axes.
     """
+    _check_scale(scale, None)
     ax = _axes(ax)
     count, missed = len(pairs), int((~pairs.converged).sum())
     index = np.arange(1, count + 1)
-    _scale_values(ax, pairs)
+    if (scale or scale_of(pairs)) == "symlog":
+        ax.set_yscale("symlog", linthresh=_order_of_smallest(pairs.values, pairs.residuals))
     _draw_pairs(ax, pairs, index)
     ax.axhline(0.0, color=_GREY, linewidth=0.8)
     ax.set_xlim(0.4, count + 0.6)
@@ -297,8 +322,13 @@ def plot_estimate(
     return ax
 
 
-def plot_blocks(blocks: BlockTraces, ax: Axes | None = None) -> Axes:
-    """The traces of layers as bars, in the order of the model, with their intervals.
+def plot_blocks(
+    blocks: BlockTraces,
+    ax: Axes | None = None,
+    *,
+    quantity: Literal["trace", "eigenvectors"] = "trace",
+) -> Axes:
+    """The traces of layers as bars with their intervals, or the mass of eigenvectors as a map.
 
     Parameters
     ----------
@@ -307,6 +337,10 @@ def plot_blocks(blocks: BlockTraces, ax: Axes | None = None) -> Axes:
         those of largest |trace| are drawn, and the sum of the others is told.
     ax
         Where to draw; a new pyplot figure by default.
+    quantity
+        "trace", or "eigenvectors": what of the squared length of every eigenvector lies in a layer,
+        in percent. Of many layers the map shows those with most of some eigenvector, and the sum
+        of the others; of more than 30 eigenvectors those of largest |λ|.
 
     Returns
     -------
@@ -314,9 +348,16 @@ def plot_blocks(blocks: BlockTraces, ax: Axes | None = None) -> Axes:
 
     Raises
     ------
+    ArgumentError
+        Another quantity, or no eigenvectors.
     ArgumentTypeError
         `ax` is no matplotlib Axes.
     """
+    if quantity not in {"trace", "eigenvectors"}:
+        msg = f"quantity={quantity!r}; expected 'trace' or 'eigenvectors'"
+        raise ArgumentError(msg)
+    if quantity == "eigenvectors":
+        return _plot_masses(blocks, ax)
     ax = _axes(ax)
     rows, others = blocks.table()
     places = np.arange(len(rows))
@@ -380,10 +421,8 @@ def plot_trajectory(
         `ax` is no matplotlib Axes.
     """
     of_threshold = any(m.threshold_preconditioned for m in trajectory)
-    rescaled = [m.preconditioned_sharpness for m in trajectory]
     if quantity is None:
-        shown = of_threshold and not np.isnan(rescaled).all()
-        quantity = "preconditioned" if shown else "sharpness"
+        quantity = shown_sharpness(trajectory)
     if quantity not in {"sharpness", "preconditioned"}:
         msg = f"quantity={quantity!r}; expected 'sharpness' or 'preconditioned'"
         raise ArgumentError(msg)
@@ -425,6 +464,13 @@ def plot_trajectory(
     _finish(ax, f"{label} over {len(steps)} measurements")
     ax.legend(loc="best", fontsize="small")
     return ax
+
+
+def shown_sharpness(trajectory: Trajectory) -> Literal["sharpness", "preconditioned"]:
+    """What is drawn unless somebody asks: what the threshold is of, if it was measured."""
+    of_threshold = any(m.threshold_preconditioned for m in trajectory)
+    measured = any(not math.isnan(m.preconditioned_sharpness) for m in trajectory)
+    return "preconditioned" if of_threshold and measured else "sharpness"
 
 
 def plot_block_spectra(spectra: BlockSpectra, ax: Axes | None = None) -> Axes:
@@ -749,6 +795,12 @@ def _axes(ax: Axes | None) -> Axes:
     return ax
 
 
+def _check_scale(scale: str | None, *others: None) -> None:
+    if scale not in {"linear", "symlog", *others}:
+        msg = f"scale={scale!r}; expected 'linear' or 'symlog'"
+        raise ArgumentError(msg)
+
+
 def _name_rows(ax: Axes, names: Sequence[str]) -> None:
     """The names of rows 0, 1, …, beside the vertical axis."""
     # A $ in a name is no formula.
@@ -764,25 +816,91 @@ def _finish(ax: Axes, title: str) -> None:
     ax.set_axisbelow(True)
 
 
+# --- blocks --------------------------------------------------------------------------------------
+
+
+class MassMap(NamedTuple):
+    """Names of rows (layers), eigenvalues of columns, and shares (rows, columns) of each."""
+
+    names: list[str]
+    eigenvalues: np.ndarray
+    shares: np.ndarray
+
+
+def mass_map(blocks: BlockTraces) -> MassMap:
+    """What of the squared length of each eigenvector lies in each layer: columns add up to one."""
+    rows, others = blocks.mass_table()
+    rows = [*rows, others] if others else rows
+    # In their own order, which is the descending one of the eigenvalues.
+    order = np.argsort(-np.abs(blocks.eigenvalues), kind="stable")[:_MOST_COLUMNS]
+    columns = np.sort(order)
+    shares = np.array([row.masses[columns] for row in rows])
+    return MassMap([row.name for row in rows], blocks.eigenvalues[columns], shares)
+
+
+def _plot_masses(blocks: BlockTraces, ax: Axes | None) -> Axes:
+    if not len(blocks.eigenvalues):
+        msg = "no eigenvectors were computed, so none of their mass can be drawn"
+        raise ArgumentError(msg)
+    ax = _axes(ax)
+    names, values, shares = mass_map(blocks)
+    percent = 100 * shares
+    image = ax.imshow(percent, vmin=0.0, vmax=percent.max(), cmap="cividis", aspect="auto")
+    ax.figure.colorbar(image, ax=ax, label="% of the squared length")
+    small = "small" if max(2 * len(names), 3 * len(values)) <= 36 else "xx-small"
+    if len(values) <= _NUMBERED_COLUMNS:
+        for (row, column), share in np.ndenumerate(percent):
+            # Cividis is dark at its lower end.
+            dark = share < 0.55 * percent.max()
+            colour = "white" if dark else "black"
+            ax.text(
+                column, row, _percent(share), color=colour, fontsize=small, ha="center", va="center"
+            )
+    _name_rows(ax, names)
+    ax.set_xticks(np.arange(len(values)), [f"{value:.3g}" for value in values])
+    ax.tick_params(axis="x", length=0, labelsize=small, labelrotation=0 if len(values) < 7 else 90)
+    ax.set_xlabel("eigenvalue λ of the eigenvector")
+    found = len(blocks.eigenvalues)
+    count = f"{found}" if found == len(values) else f"{len(values)} of {found}"
+    noun = "eigenvector" if found == 1 else "eigenvectors"
+    _finish(ax, f"In which {blocks.grouping}s {count} {noun} lie")
+    ax.grid(visible=False)
+    return ax
+
+
+def _percent(share: float) -> str:
+    if share >= 9.95:
+        return f"{share:.0f}"
+    return f"{share:.1f}" if share >= 0.05 else "0"
+
+
 # --- eigenpairs ----------------------------------------------------------------------------------
 
 
-def _scale_values(ax: Axes, pairs: Eigenpairs) -> None:
+def scale_of(pairs: Eigenpairs) -> Literal["linear", "symlog"]:
     """A symmetric-logarithmic axis where a linear one would flatten the small values."""
-    linear_within = _linear_within(pairs.values, pairs.residuals)
-    if linear_within is not None:
-        ax.set_yscale("symlog", linthresh=linear_within)
+    return "linear" if _linear_within(pairs.values, pairs.residuals) is None else "symlog"
 
 
 def _linear_within(values: np.ndarray, residuals: np.ndarray) -> float | None:
     """Up to where a symmetric-logarithmic axis is linear; None where all of it had better be."""
-    sizes = np.abs(values)
-    largest = float(sizes.max())
-    # Below its residual, or a millionth of the largest, a value's order of magnitude says nothing.
-    smallest = max(float(sizes.min()), float(residuals.max()), 1e-6 * largest)
-    if largest <= _MANY_TIMES * smallest:
+    smallest = _smallest(values, residuals)
+    if float(np.abs(values).max()) <= _MANY_TIMES * smallest:
         return None
-    return 10.0 ** math.floor(math.log10(smallest))
+    return _order_of_smallest(values, residuals)
+
+
+def _smallest(values: np.ndarray, residuals: np.ndarray) -> float:
+    sizes = np.abs(values)
+    # Below its residual, or a millionth of the largest, a value's order of magnitude says nothing.
+    return max(float(sizes.min()), float(residuals.max()), 1e-6 * float(sizes.max()))
+
+
+def _order_of_smallest(values: np.ndarray, residuals: np.ndarray) -> float:
+    """The power of ten below all values whose order of magnitude says something."""
+    smallest = _smallest(values, residuals)
+    # Nothing but zeros has no order of magnitude.
+    return 10.0 ** math.floor(math.log10(smallest)) if smallest > 0 else 1.0
 
 
 def _draw_pairs(ax: Axes, pairs: Eigenpairs, index: np.ndarray) -> None:
@@ -833,9 +951,7 @@ def _draw_certificate(ax: Axes, pairs: Eigenpairs) -> None:
 
 
 def _check_density_options(scale: str, width: float | None, confidence: float) -> None:
-    if scale not in {"linear", "symlog"}:
-        msg = f"scale={scale!r}; expected 'linear' or 'symlog'"
-        raise ArgumentError(msg)
+    _check_scale(scale)
     if width is not None and not width > 0:
         msg = f"width={width}; expected a positive width, or None to follow the nodes' spacing"
         raise ArgumentError(msg)
@@ -911,6 +1027,26 @@ def _curve(density: SpectralDensity, width: float | None, x0: float, scale: str)
     return _Curve(edges, centres, shares / np.diff(places), ends)
 
 
+class DrawnDensity(NamedTuple):
+    """The curve of a figure: edges (bins + 1,) in λ, and (bins,) its mean and 95% band."""
+
+    edges: np.ndarray
+    centres: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def density_drawn(
+    density: SpectralDensity, scale: Literal["linear", "symlog"] = "linear"
+) -> DrawnDensity | None:
+    """What `plot_density` draws per unit of its axis; None where there are no nodes."""
+    curve = _curve(density, None, _resolution_near_zero(density, None), scale)
+    if curve is None:
+        return None
+    return DrawnDensity(curve.edges, curve.centres, curve.mean, *_band(curve, 0.95, 0.0))
+
+
 def _bin_edges(density: SpectralDensity, widths: np.ndarray, x0: float, scale: str) -> np.ndarray:
     """Bins over the broadened nodes: even in asinh(λ / x0), or even in λ and finer in the bulk."""
     live = density.weights > 0
@@ -969,7 +1105,7 @@ def _draw_atoms(ax: Axes, density: SpectralDensity, *, fixed: bool) -> None:
         return
     # All have the same mass, so on an axis of another quantity the height has nothing to tell.
     transform = ax.get_xaxis_transform() if fixed else ax.transData
-    foot, head = (0.0, 0.12) if fixed else (ax.get_ylim()[0], 1 / density.n)
+    foot, head = (0.0, STEM) if fixed else (ax.get_ylim()[0], 1 / density.n)
     ax.vlines(atoms, foot, head, colors=_EIGENVALUES, linewidth=1.0, transform=transform)
     noun = "outlier" if density.steps else "eigenvalue"
     noun += ", of mass" if len(atoms) == 1 else "s, each of mass"

@@ -6,11 +6,9 @@ Every number stands beside its error, and every note of every part is shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from matplotlib.axes import Axes
 
 from spectra.algorithms.blocks import BlockTraces
 from spectra.algorithms.eigen import Eigenpairs
@@ -20,18 +18,25 @@ from spectra.analysis.comparison import Comparison
 from spectra.analysis.trajectory import Trajectory
 from spectra.errors import ArgumentTypeError
 from spectra.names import short_name
+from spectra.report import downloads, readings
 from spectra.report.comparison_page import of_comparison
 from spectra.report.pages import (
     Draw,
+    Drawing,
+    Sketch,
+    Switch,
     Table,
+    check_formats,
+    drawn,
     flattened,
     illustrated,
     write_figures,
     write_page,
 )
+from spectra.report.plots import scale_of
 from spectra.report.trajectory_page import of_trajectory
 
-__all__ = ["of_analysis", "save_figures", "write_report"]
+__all__ = ["draw_figures", "of_analysis", "save_figures", "switches", "write_report"]
 
 _CAPTIONS = {
     "eigenvalues": (
@@ -39,6 +44,11 @@ _CAPTIONS = {
         "The computed eigenvalues in descending order. Error bars are measured residuals (mostly "
         "smaller than the markers); hollow markers did not converge. Where a range is shaded, all "
         "other eigenvalues lie in it with the stated probability.",
+    ),
+    "eigenvalues_symlog": (
+        "Eigenvalues, symmetric-logarithmic",
+        "The same eigenvalues on an axis that is logarithmic for both signs, and linear only below "
+        "the smallest of them.",
     ),
     "density": (
         "Spectral density",
@@ -61,6 +71,19 @@ _CAPTIONS = {
         "each, from the probes of the trace. The layers' errors move together: they are those of "
         "the same probes.",
     ),
+    "eigenvectors_by_layer": (
+        "Eigenvector mass by layer",
+        "What of the squared length of each eigenvector lies in each layer, in percent; columns "
+        "add up to 100. Where eigenvalues are no further apart than their residuals, only the sum "
+        "over their columns means something.",
+    ),
+    "landscape": (
+        "Loss along eigenvectors",
+        "The loss itself at displacements along the eigenvectors of largest |λ|, and dashed the "
+        "quadratic model: the loss here, its slope, and λ/2 times the displacement squared. Where "
+        "the two part, the Hessian says no more about the loss. Which way along an eigenvector "
+        "counts as positive is arbitrary.",
+    ),
 }
 
 
@@ -71,6 +94,37 @@ class _Scalar(NamedTuple):
     method: str
     matvecs: str
     converged: bool
+
+
+def draw_figures(result: Analysis | Trajectory | Comparison) -> dict[str, Drawing]:
+    """The figures of an analysis, a trajectory or a comparison, to be written and embedded.
+
+    Parameters
+    ----------
+    result
+        From `spectra.analyze`, `spectra.track` or `spectra.compare`.
+
+    Returns
+    -------
+    dict
+        By name: "eigenvalues" and "eigenvalues_symlog" (but of a single one); "density" and
+        "density_symlog" where the density was computed; "trace" where it was estimated from probes;
+        "trace_by_layer" and "eigenvectors_by_layer" where the model has several modules;
+        "landscape" where it was asked for. Of a trajectory "trajectory", if it has a sharpness; of
+        a comparison "both_eigenvalues" and, where both have one, "both_densities". Drawn in the
+        style "spectra.report.spectra", whatever the session's own is.
+
+    Raises
+    ------
+    ArgumentTypeError
+        None of them.
+    """
+    if isinstance(result, Trajectory):
+        return drawn(of_trajectory(result))
+    if isinstance(result, Comparison):
+        return drawn(of_comparison(result))
+    _check_analysis(result)
+    return drawn(of_analysis(result))
 
 
 def save_figures(
@@ -93,11 +147,7 @@ def save_figures(
     Returns
     -------
     dict
-        Path in the first of the formats by name: "eigenvalues"; "density" and "density_symlog"
-        where the density was computed; "trace" where it was estimated from probes;
-        "trace_by_layer" where the model has several modules. Of a trajectory "trajectory", if it
-        has a sharpness; of a comparison "both_eigenvalues" and, where both have one,
-        "both_densities". Drawn with matplotlib's default style, whatever the session's own is.
+        Path in the first of the formats by name, as `draw_figures` has them.
 
     Raises
     ------
@@ -108,12 +158,8 @@ def save_figures(
     StorageError
         The files cannot be written.
     """
-    if isinstance(result, Trajectory):
-        return write_figures(of_trajectory(result), directory, formats)
-    if isinstance(result, Comparison):
-        return write_figures(of_comparison(result), directory, formats)
-    _check_analysis(result)
-    return write_figures(of_analysis(result), directory, formats)
+    check_formats(formats)
+    return write_figures(draw_figures(result), directory, formats)
 
 
 def write_report(
@@ -121,7 +167,7 @@ def write_report(
     path: str | Path,
     *,
     title: str | None = None,
-    figures: Mapping[str, str | Path] | None = None,
+    figures: Mapping[str, str | Path | Drawing] | None = None,
 ) -> Path:
     """Write an analysis as one HTML page that needs no other file and no network.
 
@@ -134,7 +180,8 @@ def write_report(
     title
         Heading; by default what was analysed.
     figures
-        SVG or PNG files to embed, by name, as `save_figures` returns them; drawn anew by default.
+        What to embed, by name: SVG or PNG files, as `save_figures` returns them; or what
+        `draw_figures` returns, in which numbers can be read at the cursor. By default the latter.
 
     Returns
     -------
@@ -158,12 +205,15 @@ def write_report(
         summary=_summary(analysis),
         failures=list(_failures(analysis)),
         notes=list(_notes(analysis)),
-        figures=illustrated(of_analysis(analysis), _CAPTIONS, figures),
+        figures=illustrated(
+            draw_figures(analysis) if figures is None else figures, _CAPTIONS, switches(analysis)
+        ),
         pairs=_pair_rows(analysis.eigenpairs),
         certificate=_certificate(analysis.eigenpairs),
         scalars=list(_scalars(analysis)),
         blocks=_block_table(analysis.blocks),
         costs=_costs(analysis),
+        downloads=downloads.of_analysis(analysis),
         provenance=list(flattened(analysis.provenance)),
     )
 
@@ -181,15 +231,38 @@ def _check_analysis(analysis: Any) -> None:
 
 def of_analysis(analysis: Analysis) -> Draw:
     """What its figures are drawn with, in the order of the page."""
-    draw: dict[str, Callable[[Axes], Axes]] = {"eigenvalues": analysis.eigenpairs.plot}
-    if (density := analysis.density) is not None:
-        draw["density"] = density.plot
-        draw["density_symlog"] = lambda ax: density.plot(ax, scale="symlog")
+    pairs, density, blocks = analysis.eigenpairs, analysis.density, analysis.blocks
+    values = list(readings.of_eigenpairs(pairs))
+    draw = {"eigenvalues": Sketch(lambda ax: pairs.plot(ax, scale="linear"), values)}
+    if len(pairs) > 1:
+        draw["eigenvalues_symlog"] = Sketch(lambda ax: pairs.plot(ax, scale="symlog"), values)
+    if density is not None:
+        draw["density"] = Sketch(density.plot, readings.of_density(density, "linear", pairs))
+        draw["density_symlog"] = Sketch(
+            lambda ax: density.plot(ax, scale="symlog"),
+            readings.of_density(density, "symlog", pairs),
+        )
     if analysis.trace is not None and len(analysis.trace.samples) > 1:
-        draw["trace"] = analysis.trace.plot
-    if analysis.blocks is not None:
-        draw["trace_by_layer"] = analysis.blocks.plot
+        draw["trace"] = Sketch(analysis.trace.plot, readings.of_estimate(analysis.trace))
+    if blocks is not None:
+        draw["trace_by_layer"] = Sketch(blocks.plot, readings.of_blocks(blocks))
+        draw["eigenvectors_by_layer"] = Sketch(
+            lambda ax: blocks.plot(ax, quantity="eigenvectors"), readings.of_masses(blocks)
+        )
+    if analysis.landscape is not None:
+        surface = analysis.landscape
+        draw["landscape"] = Sketch(surface.plot, readings.of_landscape(surface))
     return draw
+
+
+def switches(analysis: Analysis) -> list[Switch]:
+    """Which of its figures show the same on two scales, and on which it is seen first."""
+    scale = scale_of(analysis.eigenpairs)
+    first = "linear" if scale == "linear" else "logarithmic"
+    return [
+        Switch({"linear": name, "logarithmic": f"{name}_symlog"}, first)
+        for name, first in (("eigenvalues", first), ("density", "linear"))
+    ]
 
 
 # --- words and numbers ---------------------------------------------------------------------------
@@ -404,10 +477,13 @@ def _notes(analysis: Analysis) -> Iterator[tuple[str, str]]:
         "Frobenius norm": analysis.frobenius_norm,
         "traces of layers": analysis.blocks,
         "density": analysis.density,
+        "landscape": analysis.landscape,
     }
     for name, part in parts.items():
         if part is not None:
             yield from ((name, note) for note in part.notes)
+    if analysis.landscape is not None:
+        yield from (("landscape", failure) for failure in analysis.landscape.failures)
 
 
 def _costs(analysis: Analysis) -> list[tuple[str, str, str]]:

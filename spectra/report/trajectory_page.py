@@ -8,7 +8,17 @@ from pathlib import Path
 
 from spectra.analysis.trajectory import Measurement, Trajectory, shared_notes
 from spectra.errors import ArgumentTypeError
-from spectra.report.pages import Draw, Table, flattened, illustrated, write_page
+from spectra.report import readings
+from spectra.report.pages import (
+    Draw,
+    Drawing,
+    Sketch,
+    Table,
+    drawn,
+    flattened,
+    illustrated,
+    write_page,
+)
 
 __all__ = ["of_trajectory", "write_trajectory_page"]
 
@@ -31,7 +41,7 @@ def write_trajectory_page(
     path: str | Path,
     *,
     title: str | None = None,
-    figures: Mapping[str, str | Path] | None = None,
+    figures: Mapping[str, str | Path | Drawing] | None = None,
 ) -> Path:
     """Write a trajectory as one HTML page that needs no other file and no network.
 
@@ -44,7 +54,7 @@ def write_trajectory_page(
     title
         Heading; by default which model it is of.
     figures
-        SVG or PNG files to embed, by name, as `save_figures` returns them; drawn anew by default.
+        As of `write_report`.
 
     Returns
     -------
@@ -75,7 +85,9 @@ def write_trajectory_page(
             *(("trajectory", note) for note in trajectory.notes),
             *(("measurements", note) for note in shared_notes(trajectory)),
         ],
-        figures=illustrated(of_trajectory(trajectory), _CAPTIONS, figures),
+        figures=illustrated(
+            drawn(of_trajectory(trajectory)) if figures is None else figures, _CAPTIONS
+        ),
         tables=[Table("Measurements", _TABLE, *trajectory.table())] if len(trajectory) else [],
         provenance=list(flattened(trajectory.provenance)),
     )
@@ -84,7 +96,8 @@ def write_trajectory_page(
 def of_trajectory(trajectory: Trajectory) -> Draw:
     """What its figures are drawn with; none where no sharpness was measured."""
     known = any(not math.isnan(m.sharpness) for m in trajectory)
-    return {"trajectory": trajectory.plot} if known else {}
+    sketch = Sketch(trajectory.plot, readings.of_trajectory(trajectory))
+    return {"trajectory": sketch} if known else {}
 
 
 def _summary(trajectory: Trajectory) -> str:

@@ -1,6 +1,8 @@
 import copy
 import importlib
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -166,6 +168,83 @@ def test_what_was_evaluated_before_ctrl_c_is_kept(plane):
     pyplot.close(found.plot().figure)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_an_analysis_has_the_loss_along_its_first_eigenvectors_without_a_product(tmp_path):
+    model, data = network()
+    H = HessianOperator(model, LOSS, data)
+    options = {"k": 4, "which": "BE", "density": False, "trace": False}
+    before = copy.deepcopy(model.state_dict())
+    analysis = spectra.analyze(H, landscape=True, **options)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    found, pairs = analysis.landscape, analysis.eigenpairs
+    assert analysis.matvecs == spectra.analyze(H, **options).matvecs
+    assert found.matvecs == 0
+    assert found.evaluations == found.values.size == 3 * 21
+    assert analysis.seconds["landscape"] > 0
+    order = np.argsort(-np.abs(pairs.values))[:3]
+    assert found.labels == tuple(f"eigenvector of {value:.4g}" for value in pairs.values[order])
+    # What `landscape` computes by products of its own.
+    vectors = pairs.vectors[:, order.tolist()]
+    expected = spectra.landscape(H, vectors, points=21, span=found.displacements[-1])
+    assert found.values == pytest.approx(expected.values, rel=1e-12)
+    assert found.slopes == pytest.approx(expected.slopes, abs=1e-12)
+    assert found.curvatures == pytest.approx(expected.curvatures, abs=pairs.residuals.max())
+    assert str(found) in str(analysis)
+    loaded = spectra.load(analysis.save(tmp_path / "run"))
+    assert np.array_equal(loaded.landscape.values, found.values)
+    assert str(loaded) == str(analysis)
+
+
+def test_an_analysis_does_not_evaluate_the_loss_elsewhere_unless_asked_to():
+    model, data = network()
+    H = HessianOperator(model, LOSS, data)
+    assert spectra.analyze(H, 2, density=False, trace=False).landscape is None
+    with pytest.raises(ArgumentTypeError, match="has no loss to evaluate; leave landscape=True"):
+        spectra.analyze(np.eye(3), landscape=True)
+
+
+def test_a_budget_without_time_for_a_landscape_says_so(monkeypatch):
+    model, data = network()
+    H = HessianOperator(model, LOSS, data)
+    options = {"k": 2, "landscape": True, "density": False, "trace": False}
+    assert spectra.analyze(H, **options, budget="1h").landscape is not None
+    # As if an hour did not hold it.
+    analyses = importlib.import_module("spectra.analysis.analyze")
+    monkeypatch.setattr(analyses, "_LANDSCAPE_AS_PRODUCTS", 10**15)
+    analysis = spectra.analyze(H, **options, budget="1h")
+    assert analysis.landscape is None
+    assert "the budget left no time for the landscape" in analysis.notes
+    # Evaluations are no products: a budget of those has nothing against them.
+    assert spectra.analyze(H, **options, budget=50).landscape is not None
+
+
+def test_an_analysis_that_is_stopped_between_points_goes_on_with_the_next(tmp_path, monkeypatch):
+    model, data = network()
+    H = HessianOperator(model, LOSS, data)
+    options = {"k": 2, "steps": 4, "probes": 2, "rtol": 0.5, "landscape": True}
+    expected = spectra.analyze(H, **options)
+    evaluate, calls = module._loss_at, []
+
+    def signalled(operator, displacement):
+        calls.append(displacement)
+        if len(calls) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(operator, displacement)
+
+    monkeypatch.setattr(module, "_loss_at", signalled)
+    stopped = spectra.analyze(H, **options, checkpoint=tmp_path / "run")
+    assert stopped.partial
+    assert len(calls) == stopped.landscape.evaluations == 9
+    assert np.isnan(stopped.landscape.values.ravel()[9:]).all()
+    assert stopped.density is None
+    found = spectra.analyze(H, **options, checkpoint=tmp_path / "run")
+    assert len(calls) == expected.landscape.values.size
+    assert not found.partial
+    assert np.array_equal(found.landscape.values, expected.landscape.values)
+    assert np.array_equal(found.landscape.slopes, expected.landscape.slopes)
+    assert np.array_equal(found.density.nodes, expected.density.nodes)
 
 
 def test_what_has_no_loss_is_refused():

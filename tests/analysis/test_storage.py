@@ -38,6 +38,26 @@ def test_what_was_written_is_read_back(analysis, tmp_path):
     assert (summary["title"], summary["source"]) == ("T", {"target": "t"})
 
 
+def test_the_summary_holds_the_loss_along_eigenvectors(tmp_path):
+    # Beyond zero there is no loss: null, as JSON has no nan.
+    weights = torch.tensor([1.0, 2.0]).double()
+    H = spectra.HessianOperator.from_function(
+        lambda x: -(weights * x.sqrt()).sum(), torch.ones(2).double()
+    )
+    analysis = spectra.analyze(H, 1, landscape=True, density=False, trace=False)
+    summary = write_run(analysis, tmp_path)["landscape"]
+    found = read_run(tmp_path).landscape
+    assert np.isnan(found.values).any()
+    np.testing.assert_array_equal(found.values, analysis.landscape.values)
+    assert summary == json.loads((tmp_path / "run.json").read_text())["landscape"]
+    assert summary["displacements"] == found.displacements.tolist()
+    assert summary["values"] == [[None if math.isnan(v) else v for v in found.values[0]]]
+    assert summary["predictions"] == found.predictions.tolist()
+    assert summary["directions"][0]["curvature"] == analysis.eigenpairs.values[0]
+    assert summary["evaluations"] == found.evaluations == np.isfinite(found.values).sum()
+    assert summarize(spectra.analyze(np.diag(VALUES), k=1, trace=False))["landscape"] is None
+
+
 def test_the_summary_holds_every_number_with_its_error(analysis):
     summary = summarize(analysis)
     pairs = analysis.eigenpairs

@@ -53,7 +53,7 @@ def place(tmp_path):
     return tmp_path
 
 
-OPTIONS = ("--top", "3", "--steps", "10", "--rtol", "0.2", "--seed", "1", "--out")
+OPTIONS = ("--landscape", "--top", "3", "--steps", "10", "--rtol", "0.2", "--seed", "1", "--out")
 
 
 def test_two_processes_write_one_run_with_the_numbers_of_one(place, monkeypatch, capsys):
@@ -71,6 +71,9 @@ def test_two_processes_write_one_run_with_the_numbers_of_one(place, monkeypatch,
         assert two[name] == pytest.approx(one[name], rel=1e-12)
     for name in ("trace", "frobenius_norm"):
         assert two[name]["value"] == pytest.approx(one[name]["value"], rel=1e-9)
+    # Which way along an eigenvector is positive is arbitrary.
+    for here, there in zip(two["landscape"]["values"], one["landscape"]["values"], strict=True):
+        assert sorted(here) == pytest.approx(sorted(there), rel=1e-6)
     assert not (place / "two" / "checkpoint").exists()
 
 

@@ -17,6 +17,7 @@ def analysis():
 
 def test_every_result_has_text_and_figures(analysis):
     shown = {
+        # On one scale each.
         "analysis": (analysis, 5),
         "pairs": (analysis.eigenpairs, 1),
         "density": (analysis.density, 1),
@@ -30,8 +31,8 @@ def test_every_result_has_text_and_figures(analysis):
     for name, (result, figures) in shown.items():
         page = Page(result._repr_html_())
         assert str(result).split() == page.text.split(), name
-        assert len(page.addresses) == figures, name
-        assert all(address.startswith("data:image/svg+xml") for address in page.addresses)
+        assert len(page.images) == figures, name
+        assert all(address.startswith("data:image/svg+xml") for address in page.images)
         assert "script" not in page.tags
 
 

@@ -13,7 +13,7 @@ from spectra.report.comparison_page import write_comparison_page
 from spectra.report.report import save_figures
 from spectra.report.trajectory_page import write_trajectory_page
 from tests.cases.matrices import Diagonal
-from tests.report.test_report import Page
+from tests.report.test_report import SCRIPT, Page
 
 HOSTILE = "<script>alert(1)</script>$x"
 
@@ -52,9 +52,13 @@ def trajectory():
 def test_a_comparison_says_every_difference_with_its_error(comparison, tmp_path):
     path = write_comparison_page(comparison, tmp_path / "comparison.html")
     page = Page(path.read_text(encoding="utf-8"))
-    assert "script" not in page.tags
-    assert all(address.startswith("data:image/svg+xml") for address in page.addresses)
-    assert len(page.addresses) == 2
+    assert page.scripts == [SCRIPT]
+    assert all(address.startswith("data:image/svg+xml") for address in page.images)
+    assert len(page.images) == 2
+    values = [text for *_, text in page.readings[0]]
+    assert len(values) == 2 * 3
+    assert values[0].startswith("before: λ1 = 5 ± ")
+    assert values[3].startswith(f"{HOSTILE}: λ1 = 6 ± ")
     top = page.row("λ1")
     assert [float(cell) for cell in top[1:4]] == pytest.approx([5.0, 6.0, 1.0], abs=1e-2)
     assert top[5:] == ["yes", "yes"]
@@ -74,8 +78,13 @@ def test_figures_of_a_comparison_are_those_that_both_have(comparison, tmp_path):
 def test_a_trajectory_is_told_against_its_threshold(tmp_path):
     path = write_trajectory_page(trajectory(), tmp_path / "trajectory.html", title="over training")
     page = Page(path.read_text(encoding="utf-8"))
-    assert "script" not in page.tags
-    assert len(page.addresses) == 1
+    assert page.scripts == [SCRIPT]
+    assert len(page.images) == 1
+    assert [text for *_, text in page.readings[0]] == [
+        "step 0: 3 ± 0.0001",
+        "step 10: 12 ± 0.0001",
+        "step 20: 21 ± 0.0001",
+    ]
     assert "sharpness from 3 ± 0.0001 at step 0 to 21 ± 0.0001 at step 20" in page.text
     assert "1.05 times the threshold 2 / lr = 20, above it in 1 of 3" in page.text
     assert "cost 21 products in 1.5 s" in page.text
@@ -89,7 +98,7 @@ def test_a_trajectory_is_told_against_its_threshold(tmp_path):
 def test_a_trajectory_without_a_sharpness_has_a_page(tmp_path):
     for one in (Trajectory(), Trajectory((Measurement(3, trace=1.5, trace_error=0.1),))):
         page = Page(write_trajectory_page(one, tmp_path / "p.html").read_text(encoding="utf-8"))
-        assert page.addresses == []
+        assert page.images == []
         assert f"{len(one)} measurement" in page.text
     assert math.isnan(one[0].sharpness)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 import pytest
 import torch
@@ -211,6 +213,16 @@ def test_the_axis_is_logarithmic_where_values_span_decades(ax, values, scale):
     pairs = spectra.eigsh(np.diag([*values, *[0.0] * 5]), 3, progress=False)
     plots.plot_eigenpairs(pairs, ax)
     assert ax.get_yscale() == scale
+
+
+@pytest.mark.parametrize("values", [[3.0, 2.0, 1.0], [300.0, -20.0, 1.0], [0.0, 0.0, 0.0]])
+@pytest.mark.parametrize("scale", ["linear", "symlog"])
+def test_another_scale_can_be_asked_for(ax, values, scale):
+    pairs = spectra.eigsh(np.diag([*values, *[0.0] * 5]), 3, progress=False)
+    assert pairs.plot(ax, scale=scale).get_yscale() == scale
+    assert segments(stems(ax))[:, 1, 1] == pytest.approx(pairs.values)
+    with pytest.raises(ArgumentError, match="expected 'linear' or 'symlog'"):
+        pairs.plot(ax, scale="log")
 
 
 # --- densities -----------------------------------------------------------------------------------
@@ -504,6 +516,46 @@ def test_long_names_are_cut_at_the_front(ax):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["…" + "a" * 27 + ".b", "c"]
 
 
+@pytest.mark.parametrize("count", [3, 14])
+def test_the_map_shows_how_much_of_each_eigenvector_lies_in_each_layer(ax, blocks, count):
+    masses = np.random.default_rng(0).dirichlet(np.ones(80), size=count)
+    values = np.linspace(2.0, -5.0, count)
+    blocks = dataclasses.replace(blocks, eigenvalues=values, masses=masses)
+    assert blocks.plot(ax, quantity="eigenvectors") is ax
+    (image,) = ax.get_images()
+    percent = np.asarray(image.get_array())
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert percent.shape == (25, count)
+    assert percent.sum(axis=0) == pytest.approx(np.full(count, 100))
+    assert [label.get_text() for label in ax.get_xticklabels()] == [f"{v:.3g}" for v in values]
+    # A weight and a bias for each layer.
+    layers = masses.reshape(count, 40, 2).sum(axis=2)
+    kept = sorted(np.argsort(-layers.max(axis=0))[:24].tolist())
+    assert names == [*(f"layers.{i}" for i in kept), "16 others"]
+    assert percent[:24] == pytest.approx(100 * layers[:, kept].T)
+    # For more there is no room.
+    written = [plots._percent(share) for share in percent.ravel()] if count == 3 else []
+    assert [text.get_text() for text in ax.texts] == written
+
+
+def test_of_many_eigenvectors_the_map_shows_the_largest(ax, blocks):
+    values = np.sort(np.random.default_rng(0).normal(size=50))[::-1]
+    many = dataclasses.replace(blocks, eigenvalues=values, masses=np.full((50, 80), 1 / 80))
+    found = plots.mass_map(many)
+    largest = np.sort(np.abs(values))[-30:]
+    assert found.eigenvalues.tolist() == [value for value in values if abs(value) >= largest[0]]
+    plots.plot_blocks(many, ax, quantity="eigenvectors")
+    assert title(ax) == "In which layers 30 of 50 eigenvectors lie"
+
+
+def test_impossible_maps_are_refused(ax, blocks):
+    with pytest.raises(ArgumentError, match="expected 'trace' or 'eigenvectors'"):
+        plots.plot_blocks(blocks, ax, quantity="masses")
+    none = dataclasses.replace(blocks, eigenvalues=np.zeros(0), masses=np.zeros((0, 80)))
+    with pytest.raises(ArgumentError, match="no eigenvectors were computed"):
+        plots.plot_blocks(none, ax, quantity="eigenvectors")
+
+
 # --- principal blocks ----------------------------------------------------------------------------
 
 
@@ -587,8 +639,8 @@ def test_options_reach_the_figure_of_the_kind(ax, density):
 
 
 def test_an_unknown_option_is_a_type_error(ax, pairs):
-    with pytest.raises(TypeError, match="scale"):
-        pairs.plot(ax, scale="symlog")
+    with pytest.raises(TypeError, match="width"):
+        pairs.plot(ax, width=0.1)
 
 
 def test_an_analysis_names_its_parts_instead(ax):
@@ -611,6 +663,22 @@ def test_a_result_without_a_figure_is_refused(ax):
 def test_what_is_no_axes_is_refused(kind, request):
     with pytest.raises(ArgumentTypeError, match="ax is a Figure; expected one matplotlib Axes"):
         request.getfixturevalue(kind).plot(Figure())
+
+
+def test_the_style_sheet_is_for_papers_and_for_all_eyes(pairs):
+    with matplotlib.style.context("spectra.report.spectra"):
+        rc = matplotlib.rcParams
+        # TrueType in PDF, outlines in SVG: never bitmaps or Type 3.
+        assert (rc["pdf.fonttype"], rc["ps.fonttype"], rc["svg.fonttype"]) == (42, 42, "path")
+        colours = {f"#{c.lstrip('#')}" for c in rc["axes.prop_cycle"].by_key()["color"]}
+        figure = Figure()
+        pairs.plot(figure.add_subplot())
+        pdf = io.BytesIO()
+        figure.savefig(pdf, format="pdf")
+    okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"}
+    assert {plots._DENSITY, plots._EIGENVALUES, plots._MEAN} <= colours <= okabe_ito
+    assert b"/Subtype /Type0" in pdf.getvalue() or b"/CIDFontType2" in pdf.getvalue()
+    assert b"/Subtype /Type3" not in pdf.getvalue()
 
 
 def test_without_axes_the_figure_is_pyplots(density):

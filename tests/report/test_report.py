@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import base64
+import csv
 import dataclasses
+import hashlib
+import io
+import json
 import re
 from html.parser import HTMLParser
+from importlib import resources
 
 import matplotlib
 import numpy as np
@@ -14,12 +19,15 @@ import torch
 
 import spectra
 from spectra.errors import ArgumentError, ArgumentTypeError, StorageError
-from spectra.report.report import save_figures, write_report
+from spectra.report import downloads
+from spectra.report.pages import illustrated
+from spectra.report.report import draw_figures, save_figures, switches, write_report
 from tests.cases.matrices import Diagonal, s1, semicircle, tanh_network
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
 )
+SCRIPT = (resources.files("spectra.report") / "templates" / "page.js").read_text("utf-8")
 
 
 class Page(HTMLParser):
@@ -31,7 +39,10 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.tags: list[str] = []
-        self.addresses: list[str] = []
+        self.images: list[str] = []
+        self.links: dict[str, str] = {}
+        self.readings: list[list] = []
+        self.scripts: list[str] = []
         self.rows: list[list[str]] = []
         self.text = ""
         self.feed(html)
@@ -40,7 +51,14 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.addresses += [value for name, value in attrs if name in {"src", "href", "srcset"}]
+        given = dict(attrs)
+        assert not [name for name in given if name == "srcset" or name.startswith("on")]
+        if "src" in given:
+            self.images.append(given["src"])
+        if "href" in given:
+            self.links[given["download"]] = given["href"]
+        if "data-readings" in given:
+            self.readings.append(json.loads(given["data-readings"]))
         if tag == "tr":
             self.rows.append([])
         if tag in {"td", "th"}:
@@ -54,7 +72,9 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] in {"td", "th"}:
             self.rows[-1][-1] += data
-        if "style" not in self.open:
+        if "script" in self.open:
+            self.scripts.append(data)
+        elif "style" not in self.open:
             self.text += data
 
     def row(self, name: str) -> list[str]:
@@ -63,7 +83,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def analysis():
-    return spectra.analyze(tanh_network()[0], 6, steps=15, rtol=0.2, progress=False)
+    H = tanh_network()[0]
+    return spectra.analyze(H, 6, steps=15, rtol=0.2, landscape=True, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -251,19 +272,34 @@ def test_names_of_the_user_never_become_markup(tmp_path):
     analysis = spectra.analyze(spectra.HessianOperator(network, loss, data), 2, progress=False)
     noted = dataclasses.replace(analysis.eigenpairs, notes=(hostile,))
     page = written(dataclasses.replace(analysis, eigenpairs=noted), tmp_path)
-    assert "script" not in page.tags
+    assert page.scripts == [SCRIPT]
     assert page.text.count(hostile) >= 4
     own = tmp_path / "own.png"
     own.write_bytes(PNG)
     page = written(analysis, tmp_path, title=f'"><img src=x>{hostile}', figures={hostile: own})
-    assert "script" not in page.tags
+    assert page.scripts == [SCRIPT]
     assert page.tags.count("img") == 1
 
 
 def test_a_page_needs_neither_network_nor_files(page):
-    assert page.addresses
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert page.images
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.images)
+    assert page.links
+    assert all(address.startswith("data:text/csv;") for address in page.links.values())
+    assert not {"link", "iframe", "object"} & set(page.tags)
+
+
+def test_no_script_but_its_own_runs_in_a_page(page, analysis, tmp_path):
+    html = write_report(analysis, tmp_path / "r.html", figures={}).read_text("utf-8")
+    assert page.scripts == [SCRIPT]
+    checksum = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1]
+    assert policy.split("; ") == [
+        "default-src 'none'",
+        "img-src data:",
+        "style-src 'unsafe-inline'",
+        f"script-src 'sha256-{checksum}'",
+    ]
 
 
 def test_the_page_follows_the_readers_colours_and_paper(analysis, tmp_path):
@@ -277,9 +313,10 @@ def test_the_page_follows_the_readers_colours_and_paper(analysis, tmp_path):
 def test_parts_that_were_not_asked_for_are_left_out(tmp_path):
     analysis = spectra.analyze(Diagonal(s1(200)), 3, trace=False, density=False, progress=False)
     page = written(analysis, tmp_path, figures=None)
-    assert page.tags.count("img") == 1
+    assert page.tags.count("img") == 2
     assert "trace" not in page.text
-    assert set(save_figures(analysis, tmp_path)) == {"eigenvalues"}
+    assert set(save_figures(analysis, tmp_path)) == {"eigenvalues", "eigenvalues_symlog"}
+    assert set(page.links) == {"eigenvalues.csv"}
 
 
 def test_an_analysis_that_knows_every_eigenvalue_is_reported(tmp_path):
@@ -287,11 +324,12 @@ def test_an_analysis_that_knows_every_eigenvalue_is_reported(tmp_path):
     assert analysis.density.steps == 0
     page = written(analysis, tmp_path, figures=None)
     assert page.row("trace")[1:3] == ["2", "exact, to rounding"]
-    # One exact number has no convergence to show.
-    assert page.tags.count("img") == 3
+    # One exact number has no convergence to show: eigenvalues and density, on two scales each.
+    assert page.tags.count("img") == 4
 
 
 def test_the_same_analysis_gives_the_same_page_also_when_loaded(analysis, tmp_path):
+    analysis = dataclasses.replace(analysis, density=None)
     loaded = spectra.load(analysis.save(tmp_path / "analysis"))
     original = write_report(analysis, tmp_path / "a.html").read_bytes()
     assert write_report(loaded, tmp_path / "b.html").read_bytes() == original
@@ -299,25 +337,36 @@ def test_the_same_analysis_gives_the_same_page_also_when_loaded(analysis, tmp_pa
 
 def test_figures_are_saved_in_every_format_and_can_be_embedded(analysis, tmp_path):
     figures = save_figures(analysis, tmp_path / "new" / "figures")
-    assert list(figures) == ["eigenvalues", "density", "density_symlog", "trace", "trace_by_layer"]
+    assert list(figures) == [
+        "eigenvalues",
+        "eigenvalues_symlog",
+        "density",
+        "density_symlog",
+        "trace",
+        "trace_by_layer",
+        "eigenvectors_by_layer",
+        "landscape",
+    ]
     for name, path in figures.items():
         assert path == tmp_path / "new" / "figures" / f"{name}.svg"
         assert path.read_bytes().startswith(b"<?xml")
         assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     page = written(analysis, tmp_path, figures=figures)
     images = [base64.b64encode(path.read_bytes()).decode() for path in figures.values()]
-    assert page.addresses == [f"data:image/svg+xml;base64,{image}" for image in images]
+    assert page.images == [f"data:image/svg+xml;base64,{image}" for image in images]
+    # A file does not tell where in it the numbers are.
+    assert page.readings == [[]] * 8
 
 
 def test_other_formats_can_be_asked_for(analysis, tmp_path):
-    analysis = dataclasses.replace(analysis, density=None, blocks=None)
+    analysis = dataclasses.replace(analysis, density=None, blocks=None, landscape=None)
     figures = save_figures(analysis, tmp_path, formats=["pdf"])
     assert figures["trace"].read_bytes().startswith(b"%PDF")
     assert not list(tmp_path.glob("*.svg"))
 
 
 def test_a_users_style_does_not_reach_saved_figures(analysis, tmp_path):
-    analysis = dataclasses.replace(analysis, density=None, trace=None, blocks=None)
+    analysis = dataclasses.replace(analysis, density=None, trace=None, blocks=None, landscape=None)
     plain = save_figures(analysis, tmp_path / "plain", formats=["svg"])
     with matplotlib.rc_context({"font.size": 30.0, "axes.facecolor": "red"}):
         before = dict(matplotlib.rcParams.items())
@@ -331,8 +380,105 @@ def test_a_figure_of_ones_own_is_embedded_under_its_name(analysis, tmp_path):
     own = tmp_path / "landscape.png"
     own.write_bytes(PNG)
     page = written(analysis, tmp_path, figures={"Loss landscape": own})
-    assert page.addresses == [f"data:image/png;base64,{base64.b64encode(PNG).decode()}"]
-    assert "Loss landscape." in page.text
+    assert page.images == [f"data:image/png;base64,{base64.b64encode(PNG).decode()}"]
+    assert "Loss landscape" in page.text
+
+
+def table_of(page, name):
+    """A file of the page, by columns."""
+    text = base64.b64decode(page.links[name].partition("base64,")[2]).decode("utf-8")
+    head, *rows = csv.reader(io.StringIO(text))
+    return dict(zip(head, zip(*rows, strict=True), strict=True))
+
+
+def numbers(column):
+    return [float(cell) for cell in column if cell]
+
+
+def test_the_arrays_can_be_taken_away_to_the_last_digit(analysis, page):
+    assert list(page.links) == [
+        "eigenvalues.csv",
+        "density_nodes.csv",
+        "density_curve.csv",
+        "trace_samples.csv",
+        "modules.csv",
+        "landscape.csv",
+    ]
+    pairs, density, blocks = analysis.eigenpairs, analysis.density, analysis.blocks
+    table = table_of(page, "eigenvalues.csv")
+    assert numbers(table["eigenvalue"]) == pairs.values.tolist()
+    assert numbers(table["residual"]) == pairs.residuals.tolist()
+    table = table_of(page, "density_nodes.csv")
+    own = [float(w) for p, w in zip(table["probe"], table["weight"], strict=True) if p == "2"]
+    assert own == density.weights[1][density.weights[1] > 0].tolist()
+    assert numbers(table["node"])[: len(density.atoms)] == density.atoms.tolist()
+    # Each probe has all the mass that the atoms have not.
+    assert sum(own) == pytest.approx(1 - len(density.atoms) / density.n)
+    table = table_of(page, "density_curve.csv")
+    start, end, height = (np.array(numbers(table[name])) for name in ("from", "to", "density"))
+    assert ((end - start) * height).sum() == pytest.approx(1 - len(density.atoms) / density.n)
+    table = table_of(page, "trace_samples.csv")
+    assert numbers(table["sample"]) == analysis.trace.samples.tolist()
+    assert numbers(table["mean"])[-1] == pytest.approx(analysis.trace.value)
+    low, high = analysis.trace.interval()
+    assert (float(table["low"][-1]), float(table["high"][-1])) == pytest.approx((low, high))
+    table = table_of(page, "modules.csv")
+    assert table["module"] == ("0", "2")
+    assert numbers(table["trace"]) == [t.value for t in analysis.module_traces().values()]
+    first = numbers(table[f"mass of {float(pairs.values[0])!r}"])
+    assert first == [row.masses[0] for row in blocks.rows("module")]
+    table = table_of(page, "landscape.csv")
+    label = analysis.landscape.labels[1]
+    assert numbers(table["displacement"]) == analysis.landscape.displacements.tolist()
+    assert numbers(table[f"loss, {label}"]) == analysis.landscape.values[1].tolist()
+
+
+def test_a_table_that_is_too_large_is_not_in_the_page(analysis, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "_MOST_BYTES", 1000)
+    page = written(analysis, tmp_path)
+    assert "eigenvalues.csv" in page.links
+    assert "density_curve.csv" not in page.links
+    assert "density_curve.csv (too large for a page, see run.json)" in page.text
+
+
+def test_every_mark_is_read_with_its_error(analysis, page):
+    pairs, trace = analysis.eigenpairs, analysis.trace
+    linear, symlog, density, _, running, layers, masses, slices = page.readings
+    assert [text for *_, text in linear] == [text for *_, text in symlog]
+    for i, (*_, text) in enumerate(linear):
+        assert text == f"λ{i + 1} = {pairs.values[i]:.6g} ± {pairs.residuals[i]:.1g}"
+    # From the left to the right, and from the top to the bottom.
+    assert [x for x, *_ in linear] == sorted(x for x, *_ in linear)
+    assert [y for _, y, _ in linear] == sorted(y for _, y, _ in linear)
+    outliers = [text for *_, text in density if text.startswith("outlier")]
+    assert len(outliers) == 6
+    assert outliers[0].startswith(f"outlier λ = {pairs.values[0]:.6g} ± {pairs.residuals[0]:.1g}")
+    nodes = [text for *_, text in density if text.startswith("node")]
+    assert nodes
+    assert all(re.search(r"weight \S+, probe [123]; density \S+ \(95% band ", t) for t in nodes)
+    low, high = trace.interval()
+    assert f"{trace.value:.5g}, 95% interval {low:.5g} to {high:.5g}" in running[-1][2]
+    assert [text.partition(":")[0] for *_, text in layers] == ["0", "2"]
+    assert len(masses) == 2 * 6
+    share = analysis.blocks.rows("layer")[1].masses[0]
+    assert f"2: {share:.2%} of the eigenvector of λ = {pairs.values[0]:.4g}" in [
+        text for *_, text in masses
+    ]
+    assert len(slices) == analysis.landscape.evaluations
+    for x, y, _ in [r for readings in page.readings for r in readings]:
+        assert 0 < x < 1
+        assert 0 < y < 1
+
+
+def test_the_scale_that_shows_all_values_is_seen_first(tmp_path):
+    for values, first in (([3.0, 2.0, 1.0], "linear"), ([300.0, -20.0, 1.0], "logarithmic")):
+        analysis = spectra.analyze(np.diag(values), 3, density=False, trace=False, progress=False)
+        (switch, _) = switches(analysis)
+        assert switch.first == first
+        (figure,) = illustrated(draw_figures(analysis), {}, switches(analysis))
+        assert [v.label for v in figure.versions if v.shown] == [first]
+    one = spectra.analyze(np.diag(values), 1, density=False, trace=False, progress=False)
+    assert set(draw_figures(one)) == {"eigenvalues"}
 
 
 @pytest.mark.parametrize("formats", [(), "svg", ("svg", "docx")])
