@@ -6,6 +6,7 @@ Precision policy: sums over entries are float64, whatever the dtype of the vecto
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
