@@ -271,11 +271,11 @@ def eigsh(
     StorageError
         There is no room on disk for the basis.
 
+    Notes
+    -----
     Whatever exception ends the search, Ctrl-C included, has an attribute `partial`: the Eigenpairs
     as they stood, their residuals not measured but as the recurrence has them, or None.
 
-    Notes
-    -----
     Costs the Krylov steps (17 to 35 for ten outliers of a typical network), 5 to 12 for the
     certificate and one per pair for the residuals.
 

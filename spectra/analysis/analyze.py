@@ -243,6 +243,8 @@ def analyze(
     PreflightError
         With preflight="strict": a check ended in a warning or an error.
 
+    Notes
+    -----
     An exception that ends the run after the eigenpairs, Ctrl-C included, has them as its attribute
     `partial`; one that ends their search has what `eigsh` says.
     """

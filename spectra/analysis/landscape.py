@@ -169,6 +169,8 @@ def landscape(
         No Hessian of a loss; directions of another shape, or of length zero; an even number of
         points.
 
+    Notes
+    -----
     Whatever exception ends the evaluation of the points, Ctrl-C included, has an attribute
     `partial`: the Landscape as it stood, nan where no point was evaluated yet.
     """
