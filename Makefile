@@ -86,6 +86,7 @@ bench-run: bench-requirements
 clean:
 	@echo "Deleting virtual environments, caches, builds and the output of demo and bench"
 	@rm -rf .venv .venv-bench bench-run demo-run large-run build dist docs/_build .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find docs/gallery -name '*.png' -o -name '*.md' ! -name README.md | xargs rm -f
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv:

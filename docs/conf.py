@@ -11,17 +11,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 # Small networks are slowed down by more threads, and one gives the same figures everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from execute_gallery import write_pages  # noqa: E402
 from sphinx.util import inspect  # noqa: E402
 
 import spectra  # noqa: E402
 
 project = "spectra"
 author = "the spectra developers"
-copyright = author  # noqa: A001
+copyright = author
 version = release = spectra.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -111,9 +112,14 @@ def find_public(app, env, node, contnode):
     return None
 
 
-def rename_index(app, docname, source):
-    """The list of pages is docs/README.md on a code host, and docs/index.md here."""
+def redirect_links(app, docname, source):
+    """The list of pages and the gallery's scripts are elsewhere on a code host."""
     source[0] = source[0].replace("](docs/README.md)", "](docs/index.md)")
+    if docname == "docs/gallery/README":
+        shown = r"[figure, numbers and script](\1.md).\n\n[![\1](\1.png)](\1.md)"
+        source[0] = re.sub(r"\[script\]\((\w+)\.py\)\.", shown, source[0])
+        scripts = re.findall(r"\]\((\w+)\.md\)\.", source[0])
+        source[0] += "\n".join(["```{toctree}", ":hidden:", "", *scripts, "```", ""])
 
 
 def lead_to_index(app, exception):
@@ -125,9 +131,10 @@ def lead_to_index(app, exception):
 
 def setup(app):
     """Hooks of the build; napoleon's, between the first two, has priority 500."""
+    app.connect("builder-inited", write_pages)
     app.connect("autodoc-process-signature", constructor)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)
     app.connect("autodoc-process-docstring", split_attributes, priority=600)
     app.connect("missing-reference", find_public)
-    app.connect("source-read", rename_index)
+    app.connect("source-read", redirect_links)
     app.connect("build-finished", lead_to_index)
