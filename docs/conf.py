@@ -64,7 +64,7 @@ def constructor(app, what, name, obj, options, signature, returns):
     """The arguments of a class: none of results, which are not made by hand."""
     if what != "class":
         return None
-    if dataclasses.is_dataclass(obj):
+    if dataclasses.is_dataclass(obj) or issubclass(obj, tuple):
         # Their fields are described as attributes.
         return "", None
     # Not those of __new__, which SciPy's LinearOperator has.
@@ -72,7 +72,8 @@ def constructor(app, what, name, obj, options, signature, returns):
     shown = inspect.stringify_signature(
         arguments, show_return_annotation=False, unqualified_typehints=True
     )
-    return shown, None
+    # A class as a default.
+    return re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", shown), None
 
 
 def prepare_docstring(app, what, name, obj, options, lines):

@@ -154,7 +154,7 @@ def landscape(
     progress
         Show a progress bar; None for on a terminal only.
     checkpoint
-        See «Resuming» in docs/reliability.md. Every point is recorded.
+        See docs/resuming.md. Every point is recorded.
 
     Returns
     -------
