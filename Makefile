@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV = .venv
 # Without the packages of the optional parts the tests of those parts would be skipped.
 TEST_EXTRAS = test,demo,hf,lightning,tensorboard,completion
+# The reference describes the optional parts too, and the gallery is computed on a small network.
+DOCS_EXTRAS = docs,demo,hf,lightning
 
 # `make bench BENCH_OPTIONS=--quick` takes minutes, all of it more than half an hour.
 BENCH = experiments/benchmarks
@@ -22,18 +24,21 @@ RUN = "$(VENV)/bin/python"
 CHECKSUMS = cksum pyproject.toml tests/constraints.txt $(BENCH)/constraints.txt $(BENCH)/peers.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean venv
-.PHONY: demo-requirements test-requirements lint-requirements bench-requirements bench-run
+.PHONY: help demo test test-all lint docs docs-links bench clean venv
+.PHONY: demo-requirements test-requirements lint-requirements docs-requirements
+.PHONY: bench-requirements bench-run
 # Two pips in one environment, as under make -j, would spoil it.
 .NOTPARALLEL:
 
 help: ## list these targets
-	@awk -F ': ## ' '/^[a-z-]+: ## /{ printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ': ## ' '/^[a-z-]+: ## /{ printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: ## analyse a small network and write demo-run/report.html
 test: ## run the quick tests
 test-all: ## run all tests, the slow ones too
 lint: ## check style, formatting, types, and the direction of imports
+docs: ## build the documentation into docs/_build/html/
+docs-links: ## ask every address that the documentation links to; needs a network
 bench: ## measure spectra beside other packages, into bench-run/
 clean: ## delete virtual environments, caches, builds and the output of demo and bench
 
@@ -58,6 +63,18 @@ lint: lint-requirements
 	@$(RUN) -m mypy
 	@$(RUN) -c 'from importlinter.cli import lint_imports_command as main; main()' --no-logo
 
+# Warnings are errors, and every name in the reference has to be found. The source is the repository:
+# see docs/conf.py.
+SPHINX = $(RUN) -m sphinx -c docs -d docs/_build/doctrees --fail-on-warning --keep-going --nitpicky --quiet
+
+docs: docs-requirements
+	@echo "Building the documentation; it begins at docs/_build/html/index.html"
+	@$(SPHINX) -b html . docs/_build/html
+
+docs-links: docs-requirements
+	@echo "Following the links of the documentation"
+	@$(SPHINX) -b linkcheck . docs/_build/links
+
 # The other packages get an environment of their own: some contradict what the tests are run with.
 bench:
 	@$(MAKE) --no-print-directory VENV="$(VENV)-bench" bench-run
@@ -69,6 +86,7 @@ bench-run: bench-requirements
 clean:
 	@echo "Deleting virtual environments, caches, builds and the output of demo and bench"
 	@rm -rf .venv .venv-bench bench-run demo-run large-run build dist docs/_build .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find docs/gallery -name '*.png' -o -name '*.md' ! -name README.md | xargs rm -f
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv:
@@ -99,6 +117,9 @@ test-requirements: venv
 
 lint-requirements: venv
 	$(call install,lint,lint)
+
+docs-requirements: venv
+	$(call install,docs,$(DOCS_EXTRAS))
 
 bench-requirements: venv
 	$(call install,bench,bench,-c $(BENCH)/constraints.txt,-r $(BENCH)/peers.txt)

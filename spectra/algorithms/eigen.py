@@ -259,7 +259,7 @@ def eigsh(
         Show a progress bar; None for on a terminal only.
     checkpoint
         A file for what is computed, from which the same call goes on after a crash or a kill; see
-        «Resuming» in docs/reliability.md. Ctrl-C and SIGTERM then end the call softly: it returns
+        docs/resuming.md. Ctrl-C and SIGTERM then end the call softly: it returns
         what there is, marked as `partial`.
 
     Returns
@@ -276,11 +276,11 @@ def eigsh(
     StorageError
         There is no room on disk for the basis.
 
+    Notes
+    -----
     Whatever exception ends the search, Ctrl-C included, has an attribute `partial`: the Eigenpairs
     as they stood, their residuals not measured but as the recurrence has them, or None.
 
-    Notes
-    -----
     Costs the Krylov steps (17 to 35 for ten outliers of a typical network), 5 to 12 for the
     certificate and one per pair for the residuals.
 

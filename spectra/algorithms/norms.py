@@ -82,7 +82,7 @@ def norm(
         Show a progress bar; None for on a terminal only.
     checkpoint
         A file for what is computed, from which the same call goes on after a crash or a kill; see
-        «Resuming» in docs/reliability.md. Ctrl-C and SIGTERM then end the call softly: it returns
+        docs/resuming.md. Ctrl-C and SIGTERM then end the call softly: it returns
         what there is, marked as `partial`.
 
     Returns

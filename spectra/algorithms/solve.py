@@ -115,8 +115,8 @@ class Solution(Result):
         verdict = "converged to" if self.converged else "not converged to"
         lines = [
             f"x of {matrix} x = b, n = {dimension(self, len(self.x)):,}: "
-            f"‖{matrix} x − b‖ = {self.residual:.3g}, {self.relative_residual:.2g} of ‖b‖ ({measured}), {verdict} rtol = {self.rtol:g} "
-            f"({self.method}; {self.matvecs} matvecs)"
+            f"‖{matrix} x − b‖ = {self.residual:.3g}, {self.relative_residual:.2g} of ‖b‖ "
+            f"({measured}), {verdict} rtol = {self.rtol:g} ({self.method}; {self.matvecs} matvecs)"
         ]
         if self.negative_curvature is not None:
             lines.append(
@@ -167,7 +167,7 @@ def solve(
         Show a progress bar; None for on a terminal only.
     checkpoint
         A file for what is computed, from which the same call goes on after a crash or a kill; see
-        «Resuming» in docs/reliability.md. Ctrl-C and SIGTERM then end the call softly: it returns
+        docs/resuming.md. Ctrl-C and SIGTERM then end the call softly: it returns
         what there is, marked as `partial`.
 
     Returns

@@ -243,7 +243,7 @@ def analyze(
         Show progress bars; None for on a terminal only.
     checkpoint
         A file for what is computed, from which the same call goes on after a crash or a kill; see
-        «Resuming» in docs/reliability.md. Ctrl-C and SIGTERM then end the call softly: it returns
+        docs/resuming.md. Ctrl-C and SIGTERM then end the call softly: it returns
         what there is, marked as `partial`.
 
     Returns
@@ -260,6 +260,8 @@ def analyze(
     PreflightError
         With preflight="strict": a check ended in a warning or an error.
 
+    Notes
+    -----
     An exception that ends the run after the eigenpairs, Ctrl-C included, has them as its attribute
     `partial`; one that ends their search has what `eigsh` says.
     """

@@ -158,7 +158,7 @@ def landscape(
     progress
         Show a progress bar; None for on a terminal only.
     checkpoint
-        See «Resuming» in docs/reliability.md. Every point is recorded.
+        See docs/resuming.md. Every point is recorded.
 
     Returns
     -------
@@ -173,6 +173,8 @@ def landscape(
         No Hessian of a loss; directions of another shape, or of length zero; an even number of
         points.
 
+    Notes
+    -----
     Whatever exception ends the evaluation of the points, Ctrl-C included, has an attribute
     `partial`: the Landscape as it stood, nan where no point was evaluated yet.
     """

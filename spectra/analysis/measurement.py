@@ -82,7 +82,7 @@ def measure(
     seed
         Of the random directions.
     checkpoint
-        See «Resuming» in docs/reliability.md.
+        See docs/resuming.md.
 
     Raises
     ------

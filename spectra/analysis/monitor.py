@@ -207,6 +207,8 @@ class CurvatureMonitor:
         ArgumentError, ArgumentTypeError
             The step is before the last one, or no integer; there is neither data nor a batch.
 
+        Notes
+        -----
         What goes wrong in the first measurement is raised. In later ones, as where a training
         diverges, it is recorded in the measurement (`error`), and one warning is given.
         """

@@ -92,8 +92,6 @@ def track(
         (`checkpoint.part`). The same call goes on from there; `weights` of later steps may have
         been added. After Ctrl-C or SIGTERM what there is is returned, as `partial`.
 
-    Whatever exception ends it, Ctrl-C included, has an attribute `partial`: the trajectory so far.
-
     Returns
     -------
     Trajectory
@@ -111,6 +109,10 @@ def track(
         What is at `checkpoint` is of other weights, data, options or versions.
     StorageError
         It cannot be read or written.
+
+    Notes
+    -----
+    Whatever exception ends it, Ctrl-C included, has an attribute `partial`: the trajectory so far.
     """
     operator, model = _checked(H)
     check_eigsh_arguments(operator.space.n, k, which, None, tol)
