@@ -56,7 +56,7 @@ nitpick_ignore_regex = [
     # Names for types that are written out where they matter.
     ("py:class", "Function|Method|Record|Which|.*Table|.*block_diagonal.T"),
     # What floors say to one another.
-    ("py:class", r"spectra\.(distributed\.collectives|oracle\.hvp)\..*"),
+    ("py:class", r"spectra\.(distributed\.(collectives|sharding)|oracle\.hvp|report\.pages)\..*"),
 ]
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 import spectra
 from experiments.large_models.gpt import GPT, next_token_loss, random_tokens
+from spectra.algorithms.probes import gaussian, seeded
 from spectra.distributed import shard
 from spectra.objective.memory import Peak, held_bytes, return_freed_memory
 from spectra.results import versions
@@ -61,7 +62,9 @@ def measured(size: tuple[int, int, int], *, spread: bool) -> dict[str, Any]:
         before = held()
         basis = space.basis(vectors).normal_()
         found["basis"] = held() - before
-        v = basis[0] / space.norm(basis[0])
+        # The same vector whatever N is.
+        v = gaussian(space, seeded(0))
+        v /= space.norm(v)
         before = held()
         H.apply(v)
         found[f"kept, {graph}"] = (held() - before) // max(1, len(data))

@@ -88,6 +88,9 @@ class HvpOracle:
         if compile and graph == "fresh":
             msg = "compile=True compiles products on kept graphs, but graph='fresh' keeps none"
             raise ArgumentError(msg)
+        if compile and objective.sharding is not None:
+            msg = "compile=True compiles products on one process, but the parameters are in shards"
+            raise ArgumentError(msg)
         self._graphs = Graphs(objective, graph, memory_budget)
         diagnose.refuse_bad_modules(objective.model)
         self._plan = Plan(objective, recompute, memory_budget, compute_dtype)

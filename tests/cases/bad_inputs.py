@@ -1268,22 +1268,32 @@ def _() -> Asked:
     return Asked(lambda: distributed(2, lambda m: HessianOperator(m, LOSS, BATCHES)))
 
 
+def sharded(**options: Any) -> Any:
+    """The matrix of a model whose parameters are DTensors, on a single process."""
+    from spectra.distributed import shard
+
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    try:
+        return HessianOperator(shard(network()), LOSS, BATCHES, **options).to_dense()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@answered(MODELS, "parameters sharded over processes (DTensor)")
+def _() -> Asked:
+    return Asked(sharded, (), truth)
+
+
 @refused(
     MODELS,
-    "parameters sharded over processes (DTensor)",
-    errors.ParameterSelectionError,
-    "'0.weight' is a DTensor, sharded over processes",
+    "parameters sharded over processes (DTensor), process_group=False",
+    errors.ArgumentError,
+    r"spread over processes \(DTensor\): pass process_group=True",
 )
 def _() -> Asked:
-    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
-
-    def ask(wrapped: Any) -> Any:
-        model, mesh = network(), DeviceMesh("cpu", [0])
-        weight = distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)])
-        model[0].weight = nn.Parameter(weight)
-        return HessianOperator(model, LOSS, BATCHES)
-
-    return Asked(lambda: distributed(1, ask))
+    return Asked(lambda: sharded(process_group=False))
 
 
 def quantised(layer: nn.Module) -> Any:

@@ -223,6 +223,13 @@ def kinds(rank: int, size: int) -> Any:
         if "FSDP" in name:
             # The model runs by itself as before.
             found[f"{name}, loss"] = float(_whole(model(data[0][0]).sum()))
+    model, loss, data = problem("mlp", torch.float32)
+    H = spectra.HessianOperator(
+        shard(model.bfloat16()), loss, shares(data[:2], size)[rank], compute_dtype=torch.float32
+    )
+    found["stored in half precision"] = H @ directions(H.space.n).numpy()
+    with pytest.raises(spectra.errors.ArgumentError, match="compiles products on one process"):
+        spectra.HessianOperator(model, loss, shares(data, size)[rank], compile=True)
     return found
 
 

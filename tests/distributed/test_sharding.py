@@ -68,11 +68,14 @@ def test_shards_are_used_as_they_are_whoever_cut_them(tmp_path):
     truth["block"] = G.block("2.*").apply(cases.directions(24)[:, 0].contiguous())
     truth["trace"] = spectra.trace(G, max_matvecs=6, progress=False).value
     truth["loss"] = float(model(data[0][0]).sum().detach())
+    model, loss, data = cases.problem("mlp", torch.float32)
+    half = spectra.HessianOperator(model.bfloat16(), loss, data[:2], compute_dtype=torch.float32)
+    truth["stored in half precision"] = half @ cases.directions(74).numpy()
     for answers in cases.run("kinds", 4, tmp_path):
-        assert len(answers) == 5 * 4 + 2
+        assert len(answers) == 5 * 4 + 2 + 1
         for name, found in answers.items():
             # The caller's own pass computes under FSDP as PyTorch does.
-            tol = 1e-6 if name.endswith("loss") else 1e-12
+            tol = 1e-6 if name.endswith(("loss", "half precision")) else 1e-12
             assert nearly(found, truth[name.split(", ")[-1]], tol), name
 
 
