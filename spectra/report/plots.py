@@ -24,17 +24,22 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 from scipy import stats
+from torch import Tensor
 
 from spectra.algorithms.block_spectra import BlockSpectra
 from spectra.algorithms.blocks import BlockTraces
 from spectra.algorithms.coupling import BlockCoupling
+from spectra.algorithms.data_spread import DataSpread
 from spectra.algorithms.density import SpectralDensity
+from spectra.algorithms.diagonal import DiagonalEstimate
 from spectra.algorithms.eigen import Eigenpairs
 from spectra.algorithms.estimate import Estimate, check_confidence
+from spectra.algorithms.solve import Solution
 from spectra.analysis.analyze import Analysis
 from spectra.analysis.comparison import Comparison
 from spectra.analysis.landscape import Landscape
-from spectra.analysis.trajectory import Trajectory
+from spectra.analysis.preflight import Preflight
+from spectra.analysis.trajectory import Measurement, Trajectory
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.names import printable, short_name
 
@@ -51,15 +56,21 @@ __all__ = [
     "drawable",
     "mass_map",
     "plot",
+    "plot_analysis",
     "plot_block_spectra",
     "plot_blocks",
     "plot_both_densities",
     "plot_both_eigenvalues",
     "plot_coupling",
+    "plot_data_spread",
     "plot_density",
+    "plot_diagonal",
     "plot_eigenpairs",
     "plot_estimate",
     "plot_landscape",
+    "plot_measurement",
+    "plot_preflight",
+    "plot_solution",
     "plot_trajectory",
     "scale_of",
     "shown_sharpness",
@@ -103,13 +114,12 @@ def plot(result: Result, ax: Axes | None = None, **options: Any) -> Axes:
     Parameters
     ----------
     result
-        `Eigenpairs`, `SpectralDensity`, `Estimate`, `BlockTraces`, `BlockSpectra`,
-        `BlockCoupling`, `Landscape` or `Trajectory`.
+        Of any kind but a single `Finding` or `Forecast`, which a `Preflight` draws.
     ax
         Where to draw; a new pyplot figure by default.
     options
-        Of `plot_eigenpairs`, `plot_density`, `plot_estimate`, `plot_blocks`, `plot_landscape` or
-        `plot_trajectory`.
+        Of `plot_eigenpairs`, `plot_density`, `plot_estimate`, `plot_blocks`, `plot_landscape`,
+        `plot_trajectory` or `plot_analysis`.
 
     Returns
     -------
@@ -117,22 +127,9 @@ def plot(result: Result, ax: Axes | None = None, **options: Any) -> Axes:
 
     Raises
     ------
-    ArgumentError
-        The result is an `Analysis`, which takes several figures.
     ArgumentTypeError
         There is no figure for this kind of result, or `ax` is no matplotlib Axes.
     """
-    if isinstance(result, Analysis):
-        parts = [
-            f"analysis.{name}.plot()"
-            for name in ("eigenpairs", "density", "trace", "blocks", "landscape")
-            if getattr(result, name) is not None
-        ]
-        msg = (
-            "an Analysis takes several figures and plot() draws on one Axes; plot a part of it: "
-            f"{', '.join(parts)}, or write all of them with spectra.report.report.save_figures"
-        )
-        raise ArgumentError(msg)
     draw = _DRAW.get(type(result))
     if draw is None:
         kinds = ", ".join(kind.__name__ for kind in _DRAW)
@@ -767,6 +764,181 @@ def _plain_legend(ax: Axes) -> None:
         text.set_parse_math(False)
 
 
+# --- of one number or a few ----------------------------------------------------------------------
+
+
+def plot_analysis(
+    analysis: Analysis, ax: Axes | None = None, *, part: str | None = None, **options: Any
+) -> Axes:
+    """One part of an analysis; `spectra.report.report.save_figures` writes all of them.
+
+    Parameters
+    ----------
+    part
+        "density" (the default where it was computed), "eigenpairs", "trace", "blocks" or
+        "landscape".
+    **options
+        Of the part's own function.
+
+    Raises
+    ------
+    ArgumentError
+        Another part, or one that was not computed.
+    """
+    names = ("density", "eigenpairs", "trace", "blocks", "landscape")
+    there = [name for name in names if getattr(analysis, name) is not None]
+    part = there[0] if part is None else part
+    if part not in there:
+        msg = f"part={part!r}; this analysis has {', '.join(map(repr, there))}"
+        raise ArgumentError(msg)
+    return plot(getattr(analysis, part), ax, **options)
+
+
+def plot_data_spread(spread: DataSpread, ax: Axes | None = None) -> Axes:
+    """Eigenvalues of the given data, with intervals for those of the population."""
+    ax = _axes(ax)
+    index = np.arange(1, len(spread.values) + 1)
+    low, high = spread.intervals.T
+    ax.errorbar(
+        index,
+        spread.values,
+        yerr=[spread.values - low, high - spread.values],
+        fmt="o",
+        color=_EIGENVALUES,
+        capsize=2.5,
+        label=f"{100 * spread.confidence:g}% interval over {spread.batches} batches",
+    )
+    return _of_eigenvalues(ax, index, "Eigenvalues of the population")
+
+
+def plot_measurement(measurement: Measurement, ax: Axes | None = None) -> Axes:
+    """Eigenvalues at one step of a training, with residuals, beside the stability threshold."""
+    ax = _axes(ax)
+    index = np.arange(1, len(measurement.eigenvalues) + 1)
+    ax.errorbar(
+        index,
+        measurement.eigenvalues,
+        yerr=measurement.residuals or None,
+        fmt="o",
+        color=_EIGENVALUES,
+        capsize=2.5,
+        label="± residual",
+    )
+    if math.isfinite(measurement.threshold) and not measurement.threshold_preconditioned:
+        ax.axhline(
+            measurement.threshold,
+            color=_DENSITY,
+            linestyle="--",
+            label=f"threshold {measurement.threshold_formula}",
+        )
+    return _of_eigenvalues(ax, index, f"Eigenvalues at step {measurement.step}")
+
+
+def _of_eigenvalues(ax: Axes, index: np.ndarray, title: str) -> Axes:
+    ax.axhline(0.0, color=_GREY, linewidth=0.8)
+    ax.set_xlim(0.4, len(index) + 0.6)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("index")
+    ax.set_ylabel("eigenvalue")
+    _plain_legend(ax)
+    _finish(ax, title)
+    return ax
+
+
+def plot_diagonal(diagonal: DiagonalEstimate, ax: Axes | None = None) -> Axes:
+    """The mean of the diagonal over each module, with its interval; of a matrix its entries."""
+    ax = _axes(ax)
+    how = "exact" if diagonal.exact else f"{diagonal.probes} probes"
+    means = diagonal.module_traces("module", mean=True)
+    if len(means) < 2:
+        values, errors = (
+            np.asarray(part.cpu() if isinstance(part, Tensor) else part, dtype=np.float64)
+            for part in (diagonal.values, diagonal.standard_errors)
+        )
+        ax.errorbar(
+            np.arange(len(values)),
+            values,
+            yerr=None if diagonal.exact else errors,
+            fmt=".",
+            color=_MEAN,
+            elinewidth=0.8,
+            label="entry" if diagonal.exact else "± standard error",
+        )
+        ax.set_xlabel("place")
+        ax.set_ylabel("entry of the diagonal")
+        _plain_legend(ax)
+        _finish(ax, f"Diagonal ({how})")
+        return ax
+    # Of many those of largest mean, in the order of the model.
+    order = sorted(means, key=lambda name: -abs(means[name].value))[:_MOST_COLUMNS]
+    names = [name for name in means if name in order]
+    values = np.array([means[name].value for name in names])
+    ends = np.array([means[name].interval() for name in names])
+    places = np.arange(len(names))
+    ax.barh(places, values, height=min(0.7, 0.15 * len(names)), color=_MEAN, alpha=0.6)
+    if not diagonal.exact and np.isfinite(ends).all():
+        ax.errorbar(
+            values,
+            places,
+            xerr=[values - ends[:, 0], ends[:, 1] - values],
+            fmt="none",
+            ecolor="#333333",
+            elinewidth=1.0,
+            capsize=2.5,
+            label=f"{100 * diagonal.confidence:g}% interval",
+        )
+        _plain_legend(ax)
+    ax.axvline(0.0, color=_GREY, linewidth=0.8)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    _name_rows(ax, names)
+    left = len(means) - len(names)
+    ax.set_xlabel("mean of the diagonal" + (f" ({left} smaller ones left out)" if left else ""))
+    _finish(ax, f"Diagonal by module ({how})")
+    ax.grid(visible=False, axis="y")
+    return ax
+
+
+def plot_preflight(preflight: Preflight, ax: Axes | None = None) -> Axes:
+    """What each check measured, over the largest value that passes."""
+    ax = _axes(ax)
+    colours = {"ok": _MEAN, "note": _DENSITY, "warning": "#E69F00", "error": _EIGENVALUES}
+    found = [f for f in preflight.findings if f.measured is not None and f.limit]
+    tiny = np.finfo(np.float64).tiny
+    ratios = [max(f.measured or 0.0, tiny) / (f.limit or 1.0) for f in found]
+    shown = [max(ratio, 1e-8) if math.isfinite(ratio) else 1e8 for ratio in ratios]
+    places = np.arange(len(found))
+    ax.scatter(shown, places, color=[colours[f.level] for f in found], zorder=3)
+    ax.axvline(1.0, color=_GREY, linestyle="--", linewidth=1.0)
+    ax.set_xscale("log")
+    ax.set_ylim(max(len(found), 1) - 0.4, -0.6)
+    _name_rows(ax, [f"{f.check} ({f.level})" for f in found])
+    ax.set_xlabel("measured, over the limit (dashed)")
+    worst = len(preflight.problems)
+    _finish(ax, f"Preflight: {'all checks passed' if not worst else f'{worst} problems'}")
+    return ax
+
+
+def plot_solution(solution: Solution, ax: Axes | None = None) -> Axes:
+    """How large the entries of the solution are."""
+    ax = _axes(ax)
+    x = solution.x.cpu() if isinstance(solution.x, Tensor) else solution.x
+    sizes = np.abs(np.asarray(x, dtype=np.float64))
+    nonzero = sizes[sizes > 0]
+    if len(nonzero):
+        low, high = math.log10(nonzero.min()), math.log10(nonzero.max())
+        edges = np.logspace(low, max(high, low + 1e-3), 41)
+        # The largest itself, whatever its logarithm was rounded to.
+        edges[0], edges[-1] = min(edges[0], nonzero.min()), max(edges[-1], nonzero.max())
+        ax.hist(nonzero, bins=edges.tolist(), color=_DENSITY, alpha=0.7)
+        ax.set_xscale("log")
+    zeros = len(sizes) - len(nonzero)
+    ax.set_xlabel("|entry of x|" + (f" ({zeros:,} are zero)" if zeros else ""))
+    ax.set_ylabel("entries")
+    verdict = "" if solution.converged else ", not converged"
+    _finish(ax, f"Solution, residual {solution.relative_residual:.2g} of ‖b‖{verdict}")
+    return ax
+
+
 _DRAW: dict[type, Callable[..., Axes]] = {
     Eigenpairs: plot_eigenpairs,
     SpectralDensity: plot_density,
@@ -776,6 +948,12 @@ _DRAW: dict[type, Callable[..., Axes]] = {
     BlockCoupling: plot_coupling,
     Landscape: plot_landscape,
     Trajectory: plot_trajectory,
+    Analysis: plot_analysis,
+    DataSpread: plot_data_spread,
+    DiagonalEstimate: plot_diagonal,
+    Measurement: plot_measurement,
+    Preflight: plot_preflight,
+    Solution: plot_solution,
 }
 
 

@@ -643,13 +643,82 @@ def test_an_unknown_option_is_a_type_error(ax, pairs):
         pairs.plot(ax, width=0.1)
 
 
-def test_an_analysis_names_its_parts_instead(ax):
+@pytest.fixture(scope="module")
+def network():
+    return spectra.HessianOperator(*digits_like())
+
+
+def digits_like():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    batches = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(4)]
+    return model, spectra.losses.supervised(torch.nn.CrossEntropyLoss()), batches
+
+
+def test_an_analysis_draws_the_part_that_is_asked_for(ax):
     analysis = spectra.analyze(np.diag(np.arange(1.0, 9.0)), 2, trace=False, progress=False)
-    with pytest.raises(ArgumentError, match=r"analysis\.eigenpairs\.plot.*density.*save_figures"):
-        analysis.plot(ax)
-    with pytest.raises(ArgumentError) as raised:
-        analysis.plot(ax)
-    assert "trace.plot" not in str(raised.value)
+    assert analysis.plot(ax) is ax
+    assert title(ax) == title(analysis.density.plot(Figure().add_subplot()))
+    pairs = analysis.plot(Figure().add_subplot(), part="eigenpairs", scale="linear")
+    assert title(pairs) == title(analysis.eigenpairs.plot(Figure().add_subplot()))
+    with pytest.raises(ArgumentError, match="part='trace'; this analysis has 'density', 'eigenp"):
+        analysis.plot(ax, part="trace")
+
+
+def test_the_spread_of_the_data_is_drawn_with_its_intervals(ax, network):
+    pairs = spectra.eigsh(network, 2, progress=False)
+    spread = spectra.data_spread(network, pairs)
+    assert spread.plot(ax) is ax
+    segments = ax.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose([s[:, 1] for s in segments], spread.intervals, rtol=1e-6)
+    assert legend(ax) == "95% interval over 4 batches"
+
+
+def test_a_diagonal_is_drawn_by_module_or_by_entry(ax, network):
+    estimate = spectra.diagonal(network, probes=12, method="hutchinson", progress=False)
+    assert estimate.plot(ax) is ax
+    means = estimate.module_traces(mean=True)
+    assert [text.get_text() for text in ax.get_yticklabels()] == list(means) == ["0", "2"]
+    widths = [bar.get_width() for bar in ax.patches]
+    assert widths == pytest.approx([mean.value for mean in means.values()])
+    ends = [segment[:, 0] for segment in ax.containers[-1].lines[2][0].get_segments()]
+    np.testing.assert_allclose(ends, [mean.interval() for mean in means.values()], rtol=1e-6)
+    exact = spectra.diagonal(np.diag([3.0, 1.0, 2.0]), progress=False)
+    entries = exact.plot(Figure().add_subplot())
+    np.testing.assert_allclose(entries.get_lines()[0].get_ydata(), [3.0, 1.0, 2.0])
+
+
+def test_a_preflight_is_drawn_as_measured_over_limit(ax, network):
+    preflight = spectra.check(network)
+    assert preflight.plot(ax) is ax
+    found = [f for f in preflight.findings if f.measured is not None and f.limit]
+    ratios = ax.collections[0].get_offsets()[:, 0]
+    right = [min(max(f.measured / f.limit, 1e-8), 1e8) for f in found]
+    np.testing.assert_allclose(ratios, right, rtol=1e-6)
+    assert len(found) >= 3
+
+
+def test_a_solution_is_drawn_by_the_sizes_of_its_entries(ax):
+    b = np.array([1.0, -2.0, 0.0, 30.0])
+    solution = spectra.solve(np.diag([1.0, 2.0, 4.0, 3.0]), b, progress=False)
+    assert solution.plot(ax) is ax
+    # One, one and ten; the fourth is zero, or of the size of rounding.
+    counts = sum(int(bar.get_height()) for bar in ax.patches)
+    assert counts == int((np.asarray(solution.x) != 0).sum())
+    assert title(ax).startswith("Solution, residual ")
+
+
+def test_one_measurement_of_a_training_is_drawn(ax):
+    model, loss, data = digits_like()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = spectra.CurvatureMonitor(model, loss, data, optimizer, k=2)
+    monitor.step(3)
+    (measurement,) = monitor.trajectory.measurements
+    assert measurement.plot(ax) is ax
+    drawn = ax.containers[0].lines[0].get_ydata()
+    assert list(map(float, drawn)) == pytest.approx(list(measurement.eigenvalues))
+    assert title(ax) == "Eigenvalues at step 3"
+    assert "threshold 2" in legend(ax)
 
 
 def test_a_result_without_a_figure_is_refused(ax):
