@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from spectra.algorithms.measure import SpectralDensity
 from spectra.algorithms.noise import noise_notes
 from spectra.algorithms.progress import progress_bar
 from spectra.algorithms.resuming import resumable
+from spectra.distributed.collectives import Ranks
 from spectra.errors import ArgumentError
 from spectra.journal import Stopped, condensed
 from spectra.operators.base import SymmetricOperator, as_operator
@@ -216,19 +217,22 @@ def spectral_density(
         rule: _Rule = extended.rule(begun.betas[i], keep_basis, bar)
         return rule
 
+    groups = operator.space.probe_ranks
+    # Bases stay where they were made, and other groups cannot go on with them.
+    apart = groups is not None and not keep_basis and begun is None
     with progress_bar("density", probes * steps, progress) as bar:
         # One whole run at least: what is left of another says nothing by itself.
         with _stopping_after(rules):
-            for i in range(probes if steps > 0 else 0):
+            for i in range(probes if steps > 0 and not apart else 0):
                 bar.tell(f"probe {i + 1} of {probes}")
                 rules.append(next_rule(i, bar))
+            if groups is not None and steps > 0 and apart:
+                _rules_of_groups(groups, probes, lambda i: next_rule(i, bar), rules)
+    spent = operator.matvecs - before
+    if groups is not None and apart:
+        spent = sum(int(row[0]) for row in groups.gathered([float(spent)]))
     probes = len(rules) if steps > 0 else probes
-    nodes, weights, alphas, betas = (np.zeros((probes, steps)) for _ in range(4))
-    for i, rule in enumerate(rules):
-        live = len(rule.nodes)
-        nodes[i, :live], nodes[i, live:] = rule.nodes, rule.nodes[-1]
-        weights[i, :live] = rule.weights
-        alphas[i, :live], betas[i, :live] = rule.alphas, rule.betas
+    nodes, weights, alphas, betas = _side_by_side(rules, probes, steps)
     sums = [rule.parameter_traces for rule in rules if not rule.complete]
     # Not what `begun` lacks, and not the same run once more for each probe.
     known = len(sums) == probes and all(map(len, sums))
@@ -236,6 +240,8 @@ def spectral_density(
     # Relative to products in the complement, so atoms have no part in it.
     floor = noise * float(np.abs(nodes).max(initial=0.0))
     notes = noise_notes(noise, floor)
+    if groups is not None and not apart:
+        notes.append("every group computed all of the probes: their bases are used further")
     if steps > 0 and probes == 1:
         notes.append("one probe gives no error estimate; use at least two")
     density = SpectralDensity(
@@ -243,7 +249,7 @@ def spectral_density(
         weights=weights,
         n=n,
         atoms=atoms,
-        matvecs=operator.matvecs - before + (0 if begun is None else begun.matvecs),
+        matvecs=spent + (0 if begun is None else begun.matvecs),
         notes=tuple(notes),
         alphas=alphas,
         betas=betas,
@@ -272,6 +278,32 @@ def _stopping_after(found: Sequence[Any]) -> Iterator[None]:
     except Stopped:
         if not found:
             raise
+
+
+def _side_by_side(rules: Sequence[_Rule], probes: int, steps: int) -> list[np.ndarray]:
+    """Nodes, weights, alphas and betas (probes, steps); a run that ended early has zero weights."""
+    nodes, weights, alphas, betas = found = [np.zeros((probes, steps)) for _ in range(4)]
+    for i, rule in enumerate(rules):
+        live = len(rule.nodes)
+        nodes[i, :live], nodes[i, live:] = rule.nodes, rule.nodes[-1]
+        weights[i, :live] = rule.weights
+        alphas[i, :live], betas[i, :live] = rule.alphas, rule.betas
+    return found
+
+
+def _rules_of_groups(
+    groups: Ranks, probes: int, rule: Callable[[int], _Rule], rules: list[_Rule]
+) -> None:
+    """One probe of every group at a time; what each has found is known to all."""
+    for start in range(0, probes, groups.size):
+        mine = start + groups.rank
+
+        def compute(mine: int = mine) -> tuple[_Rule | None, tuple[()]]:
+            return (rule(mine) if mine < probes else None), ()
+
+        found, _ = groups.together("a round of probes", (), compute, dict)
+        told = groups.told(None if found is None else found._replace(run=None))
+        rules.extend(one for one in told if one is not None)
 
 
 def _new_rule(

@@ -25,6 +25,7 @@ from spectra.algorithms.moments import (
 )
 from spectra.algorithms.noise import Noise, most_noise
 from spectra.algorithms.progress import progress_bar
+from spectra.distributed.collectives import Ranks
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.journal import Stopped, current, remember
 from spectra.objective.vectors import VectorSpace
@@ -200,9 +201,15 @@ class Run:
         self.spent = 0
         self.noise = Noise(self.space.n)
         """How unsymmetric the products are, from each probe and the one before."""
+        self.loudest = math.nan
         self.basis: dict[str, Any] | None = None
         """How large the largest basis was and where, for the provenance."""
         self._bar = bar
+
+    @property
+    def noise_found(self) -> float:
+        """Of the products; where several groups compute them, of those of the loudest group."""
+        return self.noise.relative if self.space.probe_ranks is None else self.loudest
 
     @property
     def left(self) -> int:
@@ -260,16 +267,19 @@ class Run:
         try:
             while self.left > 0:
                 if len(samples) >= self.least:
-                    come = self.come(samples.moments(self.spent, self.noise.relative))
+                    come = self.come(samples.moments(self.spent, self.noise_found))
                     if come == 0:
                         break
                     if come > self.space.n <= self.left:
                         return self.exactly()
-                self._add_sample(samples, known, orthogonal_to)
+                if self.space.probe_ranks is None:
+                    self._add_sample(samples, known, orthogonal_to)
+                else:
+                    self._add_round(self.space.probe_ranks, samples, known, orthogonal_to)
         except Stopped:
             if len(samples) < 2:
                 raise
-        return samples.moments(self.spent, self.noise.relative)
+        return samples.moments(self.spent, self.noise_found)
 
     def _add_sample(
         self, samples: Samples, known: KnownPart, orthogonal_to: Tensor | None = None
@@ -292,6 +302,33 @@ class Run:
             known.noted += value["noted"]
             self.generator.set_state(value["generator"])
             self.count()
+
+    def _add_round(
+        self, groups: Ranks, samples: Samples, known: KnownPart, orthogonal_to: Tensor | None
+    ) -> None:
+        """One more probe of every group, in the order in which one process would draw them."""
+        turns, mine = min(groups.size, self.left), Samples(self.space)
+
+        def compute() -> tuple[tuple[Any, ...], tuple[float]]:
+            noted: list[Any] = []
+            for turn in range(turns):
+                if turn != groups.rank:
+                    gaussian(self.space, self.generator)
+                    continue
+                begun = len(known.noted)
+                mine.add(known, *self.probe(orthogonal_to))
+                noted = known.noted[begun:]
+                del known.noted[begun:]
+            return (mine.last if len(mine) else None, noted), (self.noise.relative,)
+
+        found, rows = groups.together("a round of probes", (), compute, dict)
+        for sample, noted in groups.told(found)[:turns]:
+            samples.append(sample)
+            known.noted.extend(noted)
+        self.count(turns - len(mine))
+        noises = [row[0] for row in rows if not math.isnan(row[0])]
+        known_before = [] if math.isnan(self.loudest) else [self.loudest]
+        self.loudest = max([*known_before, *noises], default=math.nan)
 
     def exactly(self) -> Moments:
         """Trace and squared Frobenius norm from the n products with unit vectors."""

@@ -13,10 +13,10 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 from torch import Tensor
 
-from spectra.distributed.collectives import Ranks
-from spectra.errors import ArgumentError, ArgumentTypeError
+from spectra.errors import ArgumentError, ArgumentTypeError, SpectraError
 from spectra.journal import Journal, Stopped
 from spectra.objective.identity import digest_of, fingerprint
+from spectra.objective.vectors import VectorSpace
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.results import Result
 
@@ -35,14 +35,14 @@ def resumable(question: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(question)
     def asked(*args: P.args, **options: P.kwargs) -> R:
-        ranks = _ranks_of(args[0] if args else options.get("H"))
-        if options.get("checkpoint") is None and ranks is None:
+        H: Any = args[0] if args else options.get("H")
+        alone = not isinstance(H, SymmetricOperator) or not _together(H)
+        if options.get("checkpoint") is None and alone:
             return question(*args, **options)
         bound = signature.bind(*args, **options)
         bound.apply_defaults()
-        if ranks is not None:
-            spread = bound.arguments["H"].space.spread
-            _agree(question.__name__, ranks, bound.arguments, spread=spread)
+        if not alone:
+            _agree(question.__name__, H.space, bound.arguments)
             if bound.arguments["checkpoint"] is None:
                 return question(*args, **options)
         path = _path(bound.arguments["checkpoint"])
@@ -57,21 +57,43 @@ def resumable(question: Callable[P, R]) -> Callable[P, R]:
     return asked
 
 
-def _ranks_of(H: Any) -> Ranks | None:
-    """The processes that ask a question together."""
-    return H.space.ranks if isinstance(H, SymmetricOperator) else None
+def _together(H: SymmetricOperator) -> bool:
+    """Whether several processes ask a question together."""
+    return H.space.ranks is not None or H.space.probe_ranks is not None
 
 
-def _agree(question: str, ranks: Ranks, arguments: dict[str, Any], *, spread: bool) -> None:
-    """Ask all ranks whether they begin the same question with the same options."""
+def _agree(question: str, space: VectorSpace, arguments: dict[str, Any]) -> None:
+    """Ask all ranks whether they begin the same question with the same options.
+
+    First those of a group that has the data together, then those that compute other probes: what
+    fails in one group fails in the others.
+    """
     told = {
         f"the option {name}": text if len(text := _in_words(value)) < 40 else digest_of(text)
         for name, value in arguments.items()
         if name != "H" and name not in _WITHOUT_EFFECT
         # Of vectors that are spread over the ranks each has another part.
-        if not (spread and isinstance(value, Tensor | Result))
+        if not (space.spread and isinstance(value, Tensor | Result))
     }
-    ranks.together(question, [fingerprint(told)], lambda: (None, ()), lambda: told)
+    given, failure = [fingerprint(told)], None
+    try:
+        if space.ranks is not None:
+            space.ranks.together(question, given, lambda: (None, ()), lambda: told)
+        if space.probe_ranks is not None and arguments["checkpoint"] is not None:
+            msg = "checkpoint= records one course, and with probe_group= there are several"
+            raise ArgumentError(msg)
+    except SpectraError as error:
+        failure = error
+
+    def agreed() -> tuple[None, tuple[()]]:
+        if failure is not None:
+            raise failure
+        return None, ()
+
+    if space.probe_ranks is None:
+        agreed()
+    else:
+        space.probe_ranks.together(question, given, agreed, lambda: told)
 
 
 def _answered(journal: Journal, question: Callable[[], R]) -> R:

@@ -59,6 +59,8 @@ class VectorSpace:
         self.device = torch.device(device)
         self.ranks: Ranks | None = None
         """The processes that compute with the same vectors, each on its share of the data."""
+        self.probe_ranks: Ranks | None = None
+        """Processes of other groups that have the same data, and draw other probes."""
 
     def agreed(self, number: float) -> float:
         """What can be different on every rank, such as a time: the smallest of all."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spectra.distributed.collectives import everywhere, ranks_of
+from spectra.distributed.collectives import Ranks, everywhere, ranks_of
 from spectra.distributed.sharding import spread_tensors
 from spectra.errors import ArgumentTypeError, NonFiniteError, SpectraError
 from spectra.objective.batches import reiterable
@@ -99,6 +99,12 @@ class HessianOperator(SymmetricOperator):
         the batches as `data` (it may be empty) and makes the same calls, and gets the same answers,
         of all data together. Batches count by their terms, whichever process they are on; one sum
         over the processes per product. DistributedDataParallel is taken off the model.
+    probe_group
+        Processes that each have all of the data (or, with `process_group`, one of every such group
+        that has): `trace`, `norm(ord="fro")` and `spectral_density` then compute different probes
+        on them, and combine them into one estimate. The probes are those of one process, of which a
+        round of one on every process is the least. What else they stand on (eigenpairs, Krylov
+        bases, Hutch++, XTrace) is computed by all.
 
     Raises
     ------
@@ -120,6 +126,8 @@ class HessianOperator(SymmetricOperator):
     """
 
     space: ParameterSpace
+    # Processes that compute other probes.
+    _probe_ranks: Ranks | None = None
     # The class that was taken off the model.
     _unwrapped: str | None = None
     # Whether the model is linearised, which makes the Hessian the Gauss-Newton matrix.
@@ -145,6 +153,7 @@ class HessianOperator(SymmetricOperator):
         allow_training_mode: bool = False,
         dtype: torch.dtype | None = None,
         process_group: dist.ProcessGroup | bool | None = None,
+        probe_group: dist.ProcessGroup | bool | None = None,
     ) -> None:
         spread = bool(spread_tensors(model))
         # Parameters in shards are those of all processes.
@@ -185,6 +194,7 @@ class HessianOperator(SymmetricOperator):
             "ranks": ranks,
         }
         self._unwrapped = wrapped
+        self._probe_ranks = ranks_of(probe_group)
         everywhere(
             ranks,
             "making the operator",
@@ -244,6 +254,7 @@ class HessianOperator(SymmetricOperator):
     ) -> None:
         self.objective = objective
         objective.space.ranks = options.get("ranks")
+        objective.space.probe_ranks = self._probe_ranks
         self._oracle = HvpOracle(objective, **options)
         self._restricted_to = restricted_to
         self._options = options
@@ -302,6 +313,7 @@ class HessianOperator(SymmetricOperator):
         operator = type(self).__new__(type(self))
         objective = self._restricted_to(lambda name, _: name in kept)
         operator._unwrapped = self._unwrapped
+        operator._probe_ranks = self._probe_ranks
         operator._set_up(objective, self._restricted_to, self._options)
         return operator
 
@@ -427,6 +439,7 @@ class HessianOperator(SymmetricOperator):
             **objective,
             **self._oracle.describe(),
             "parameters": len(self.space.names),
+            **({} if self._probe_ranks is None else {"probe_groups": self._probe_ranks.size}),
             **({"notes": notes} if notes else {}),
         }
 

@@ -314,6 +314,64 @@ def asked(H: Any) -> dict[str, Any]:
 
 
 @case
+def probe_groups(rank: int, size: int) -> Any:
+    """Different probes on processes that have all of the data, or together have."""
+    model, loss, data = problem("mlp")
+    if size == 4:
+        # All have to make all groups.
+        pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+        across = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+        mine = data[rank % 2 :: 2]
+        H = spectra.HessianOperator(
+            model, loss, mine, process_group=pairs[rank // 2], probe_group=across[rank % 2]
+        )
+    else:
+        H = spectra.HessianOperator(model, loss, data, probe_group=True)
+    found = estimated(H)
+    found["own"] = H.matvecs
+    with pytest.raises(spectra.errors.ArgumentError, match="records one course"):
+        spectra.trace(H, checkpoint=Path(sys.argv[3]) / "run", progress=False)
+    last = rank == size - 1
+    with pytest.raises(spectra.SpectraError) as caught:
+        spectra.trace(H, seed=3 + last, progress=False)
+    found["another seed"] = str(caught.value)
+    compute = H._products
+
+    def failing(rows: Tensor) -> Tensor:
+        if last:
+            msg = "no more"
+            raise spectra.errors.LossError(msg)
+        return compute(rows)
+
+    if size != 4:
+        H._products = failing
+        with pytest.raises(spectra.SpectraError) as caught:
+            spectra.spectral_density(H, steps=4, probes=3, progress=False)
+        found["failed"] = f"{type(caught.value).__name__}: {caught.value}"
+    return found
+
+
+def estimated(H: Any) -> dict[str, Any]:
+    """Of probes: their samples, and what they cost."""
+    ask = {"progress": False, "seed": 3}
+    trace = spectra.trace(H, rtol=0.2, method="hutchinson", max_matvecs=13, **ask)
+    frobenius = spectra.norm(H, "fro", rtol=0.5, max_matvecs=60, **ask)
+    density = spectra.spectral_density(H, steps=6, probes=5, **ask)
+    auto = spectra.trace(H, rtol=0.1, max_matvecs=40, **ask)
+    return {
+        "auto": np.array([auto.value, *auto.interval(0.999)]),
+        "trace": trace.samples,
+        "trace, matvecs": trace.matvecs,
+        "converged": trace.converged,
+        "norm": frobenius.samples,
+        "nodes": density.nodes,
+        "weights": density.weights,
+        "density, matvecs": density.matvecs,
+        "groups": density.provenance["operator"].get("probe_groups", 1),
+    }
+
+
+@case
 def wrapped(rank: int, size: int) -> Any:
     """DistributedDataParallel comes off, and is refused where the processes are not together."""
     model, loss, data = problem("mlp")
