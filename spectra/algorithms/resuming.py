@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-from torch import Tensor
 
 from spectra.errors import ArgumentError, ArgumentTypeError, SpectraError
 from spectra.journal import Journal, Stopped
@@ -72,8 +71,8 @@ def _agree(question: str, space: VectorSpace, arguments: dict[str, Any]) -> None
         f"the option {name}": text if len(text := _in_words(value)) < 40 else digest_of(text)
         for name, value in arguments.items()
         if name != "H" and name not in _WITHOUT_EFFECT
-        # Of vectors that are spread over the ranks each has another part.
-        if not (space.spread and isinstance(value, Tensor | Result))
+        # Of what is spread over the ranks (vectors, an optimiser's tensors) each has another part.
+        if not space.spread or _is_plain(value)
     }
     given, failure = [fingerprint(told)], None
     try:
@@ -159,8 +158,12 @@ def _identity(operator: SymmetricOperator, arguments: dict[str, Any]) -> dict[st
     return {**operator.identity(), "option": options}
 
 
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | np.generic)
+
+
 def _in_words(value: Any) -> str:
-    if value is None or isinstance(value, bool | int | float | str | np.generic):
+    if _is_plain(value):
         return repr(value)
     # Eigenpairs to deflate: their provenance has the dates and versions of another run.
     if isinstance(value, Result):

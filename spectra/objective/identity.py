@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spectra.distributed.sharding import local
+
 __all__ = ["architecture", "digest", "digest_of", "fingerprint"]
 
 _PIECE = 1 << 22
@@ -66,7 +68,7 @@ def fingerprint(value: Any) -> float:
 
 
 def _pieces(tensor: Tensor) -> Iterator[bytes]:
-    tensor = tensor.detach()
+    tensor = local(tensor).detach()
     yield f"{tensor.dtype}{tuple(tensor.shape)}".encode()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()

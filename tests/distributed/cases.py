@@ -272,6 +272,29 @@ def sharded_results(rank: int, size: int) -> Any:
 
 
 @case
+def monitored(rank: int, size: int) -> Any:
+    """A training under FSDP whose curvature is measured on the data of all ranks."""
+    model, loss, data = problem("mlp")
+    model = fsdp(model, init_device_mesh("cpu", (size,)))
+    return trained(model, loss, data[0], shares(data[:2], size)[rank])
+
+
+def trained(model: nn.Module, loss: Any, batch: Any, data: list[Any]) -> Any:
+    """Eigenvalues and losses at every second of some steps on one batch."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    monitor = spectra.CurvatureMonitor(model, loss, data, optimizer, every=2, k=2, tol=1e-6)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+        monitor.step(step)
+    return [
+        (m.step, m.error, m.loss, m.alignment, m.threshold, *m.eigenvalues)
+        for m in monitor.trajectory.measurements
+    ]
+
+
+@case
 def sharded_answers(rank: int, size: int) -> Any:
     """Every question of the MLP in shards."""
     # Of few batches, and with all parameters gathered together: it makes no odds to the questions.

@@ -79,6 +79,17 @@ def test_shards_are_used_as_they_are_whoever_cut_them(tmp_path):
             assert nearly(found, truth[name.split(", ")[-1]], tol), name
 
 
+def test_a_training_under_fsdp_is_monitored(tmp_path):
+    model, loss, data = cases.problem("mlp")
+    right = cases.trained(model, loss, data[0], data[:2])
+    assert len(right) == 3
+    for answer in cases.run("monitored", 2, tmp_path):
+        for found, known in zip(answer, right, strict=True):
+            # Under FSDP the training itself computes in single precision here and there.
+            assert found[:2] == known[:2]
+            assert found[2:] == pytest.approx(known[2:], rel=1e-5)
+
+
 def test_a_run_goes_on_in_other_shards_or_in_none(tmp_path):
     first, second = cases.run("sharded_checkpoints", 2, tmp_path)
     whole = first["whole"]
