@@ -50,7 +50,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 cpu = torch.device("cpu")
 model = StackedGPT(12, width=64, heads=4, vocabulary=32, length=128).eval()
-data = [{{"input_ids": torch.randint(0, 32, (8, 128))}}]
+data = [{{"input_ids": torch.randint(0, 32, (16, 128))}}]
 # What the first product of a process imports is no part of it.
 spectra.HessianOperator.from_function(lambda x: (x**3).sum(), torch.ones(2)).to_dense()
 measured = []
@@ -80,7 +80,7 @@ def run(code):
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is reset by a file of Linux")
 def test_a_budget_decides_what_is_recomputed_and_split_and_is_kept():
     norms = []
-    cases = [(40, True, True), (125, True, False), (2000, False, False)]
+    cases = [(80, True, True), (250, True, False), (4000, False, False)]
     # The smallest first: what the C library keeps of a large one would hide that of a small one.
     measured = run(PEAK.format(budgets=[budget << 20 for budget, *_ in cases]))
     for (budget, recomputes, splits), (peak, norm, described) in zip(cases, measured, strict=True):
