@@ -181,7 +181,7 @@ def stage_result(result: Result, path: str | Path) -> Staged:
 
 
 def load(path: str | Path) -> Result:
-    """Read a result that `Result.save` wrote.
+    """Read a result that `Result.save` wrote, or that of a directory which `spectra analyze` wrote.
 
     Arrays come back as they were saved, tensors on the CPU. Files of any origin can be read: no
     code is run, and sizes and depth are limited. Whoever means to deceive can write numbers and
@@ -194,6 +194,9 @@ def load(path: str | Path) -> Result:
         result of spectra.
     """
     stem = _stem(path)
+    if stem.is_dir() and not document_path(stem).exists():
+        # A run directory.
+        stem = stem / "analysis"
     before = None
     while True:
         document, arrays = _found(stem)

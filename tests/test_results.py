@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from spectra import load
+from spectra.analysis.analyze import analyze
 from spectra.documents import sealed
 from spectra.errors import ArgumentError, StorageError
 from spectra.results import FORMAT_VERSION, Result, versions
@@ -371,3 +372,14 @@ def test_whoever_reads_while_a_result_is_replaced_finds_one_whole_and_so_after_a
             finally:
                 writer.kill()
         assert is_whole(load(path))
+
+
+def test_a_run_directory_is_loaded_by_its_own_name(tmp_path):
+    (tmp_path / "run").mkdir()
+    analysis = analyze(np.diag(np.arange(1.0, 9.0)), 2, trace=False, progress=False)
+    analysis.save(tmp_path / "run" / "analysis")
+    loaded = load(tmp_path / "run")
+    np.testing.assert_array_equal(loaded.eigenpairs.values, analysis.eigenpairs.values)
+    # A result that was saved under the name of the directory comes first.
+    analysis.eigenpairs.save(tmp_path / "run")
+    assert type(load(tmp_path / "run")) is type(analysis.eigenpairs)

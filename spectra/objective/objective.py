@@ -25,6 +25,7 @@ from spectra.errors import (
     ArgumentError,
     ArgumentTypeError,
     DataError,
+    DistributedError,
     LossError,
     NonFiniteError,
     SpectraError,
@@ -78,8 +79,15 @@ _DRAW_ONCE = "Draw them once, outside of the function"
 _ELEMENTARY_EXPERTS = (
     "use experts of elementary operations, model.set_experts_implementation('eager')"
 )
+_READ_ELSEWHERE = (
+    "where the loss, or a module, reads parameters of other modules (as weight decay does), take "
+    "recompute='none', which gathers all of them at once"
+)
 # What kernels for training say where they stop short of what an analysis asks of them.
 _CURES = (
+    # Of parameters in shards.
+    ("DTensor", _READ_ELSEWHERE),
+    ("Sharding propagation failed", _READ_ELSEWHERE),
     # Of grouped_mm, the default of transformers' mixtures of experts.
     ("Expected mat_a to be", _ELEMENTARY_EXPERTS),
     ("strides should be multiple of 16 bytes", _ELEMENTARY_EXPERTS),
@@ -355,6 +363,8 @@ class ModelObjective:
         self._allow_training_mode = allow_training_mode
         # A loss that says of itself that it can be split is believed; masks differ between parts.
         self._split_checked = self.separable or allow_training_mode
+        # What one rank computes beside the others would find none of them.
+        self._split_checked = self._split_checked or bool(spread_tensors(model))
         self._compute_dtype = compute_dtype
         self._linearised = linearised
         spread = spread_tensors(model)
@@ -703,6 +713,8 @@ class ModelObjective:
             with torch.no_grad():
                 whole = float(self._loss(self.model, batch))
                 parts = [float(self._loss(self.model, piece)) for _, piece in counted]
+        except DistributedError:
+            raise
         except Exception:
             # The memory may not be there for a whole batch; what else is wrong is told in its turn.
             self._split_checked = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from spectra.errors import (
     ArgumentTypeError,
     NonFiniteError,
     NotSymmetricError,
+    SpectraError,
 )
 from spectra.journal import current
 from spectra.objective.identity import digest
@@ -104,7 +105,7 @@ class SymmetricOperator(LinearOperator):
         NonFiniteError
             The vectors or the products hold nan or inf.
         """
-        self._check_tensor(vectors)
+        self._check_on_all(vectors)
         rows = vectors.unsqueeze(0) if vectors.dim() == 1 else vectors.T
         journal, rows = current(self), rows.contiguous()
         if journal is None:
@@ -259,6 +260,15 @@ class SymmetricOperator(LinearOperator):
 
     # --- checks ------------------------------------------------------------------------------
 
+    def _check_on_all(self, vectors: Tensor) -> None:
+        """As `_check_tensor`; what is wrong on one of several processes is told to the others."""
+        try:
+            self._check_tensor(vectors)
+        except SpectraError as error:
+            if self.space.ranks is not None:
+                self.space.ranks.together("checking vectors", (), _raising(error), dict)
+            raise
+
     def _check_tensor(self, vectors: Tensor) -> None:
         space = self.space
         if not isinstance(vectors, Tensor):
@@ -300,6 +310,13 @@ class SymmetricOperator(LinearOperator):
             )
             raise NonFiniteError(msg)
         return products
+
+
+def _raising(error: BaseException) -> Callable[[], Any]:
+    def compute() -> Any:
+        raise error
+
+    return compute
 
 
 class MatrixOperator(SymmetricOperator):

@@ -126,6 +126,8 @@ class HessianOperator(SymmetricOperator):
     """
 
     space: ParameterSpace
+    # There are other processes, and nobody said whether they have other data.
+    _of_one_process = False
     # Processes that compute other probes.
     _probe_ranks: Ranks | None = None
     # The class that was taken off the model.
@@ -194,6 +196,8 @@ class HessianOperator(SymmetricOperator):
             "ranks": ranks,
         }
         self._unwrapped = wrapped
+        unsaid = process_group is None and probe_group is None
+        self._of_one_process = unsaid and ranks is None and _several()
         self._probe_ranks = ranks_of(probe_group)
         everywhere(
             ranks,
@@ -314,6 +318,7 @@ class HessianOperator(SymmetricOperator):
         objective = self._restricted_to(lambda name, _: name in kept)
         operator._unwrapped = self._unwrapped
         operator._probe_ranks = self._probe_ranks
+        operator._of_one_process = self._of_one_process
         operator._set_up(objective, self._restricted_to, self._options)
         return operator
 
@@ -432,6 +437,11 @@ class HessianOperator(SymmetricOperator):
         """What the operator is, for the provenance of results."""
         objective = self.objective.describe()
         notes = [*objective.get("notes", ())]
+        if self._of_one_process:
+            notes.append(
+                "computed from the data of one process of several; process_group=True takes those "
+                "of all"
+            )
         if self._unwrapped is not None:
             notes.append(f"computed on the module inside of {self._unwrapped}")
         return {
@@ -465,6 +475,11 @@ class HessianOperator(SymmetricOperator):
             "loss and gradient are finite, so the second derivative is singular here (sqrt or norm "
             "at 0, a power below 2) or overflows in half precision; use float64 or smooth the loss"
         )
+
+
+def _several() -> bool:
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _without_wrapper(model: nn.Module) -> tuple[nn.Module, str | None]:

@@ -589,6 +589,13 @@ class HvpOracle:
         except RuntimeError as error:
             if isinstance(error, SpectraError) or memory_ran_out(error):
                 raise
+            if self.objective.sharding is not None and "DTensor" in str(error):
+                msg = (
+                    f"{self.objective.function_name}, or a module, reads parameters in shards of "
+                    "other modules, as weight decay does; take recompute='none', which gathers all "
+                    f"of them at once ({error})"
+                )
+                raise LossError(msg) from error
             raise diagnose.explain_failure(error, lambda: self._locate(part)) from error
 
     def _locate(self, part: Part) -> str:

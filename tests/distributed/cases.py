@@ -511,6 +511,17 @@ def failing_in_shards(rank: int, size: int) -> Iterator[tuple[str, Callable[[], 
     yield "another seed", lambda: spectra.trace(H, seed=rank, progress=False)
     yield "another question", lambda: H.gradient() if rank == last else H.apply(v)
     yield "a whole vector", lambda: H.apply(directions(H.space.n))
+    yield "a vector of a wrong length", lambda: H.apply(torch.cat([v, v]) if rank == last else v)
+
+    def decayed(model: nn.Module, batch: Any) -> Tensor:
+        return loss(model, batch) + 0.1 * sum(p.pow(2).sum() for p in model.parameters())
+
+    yield "weight decay", lambda: spectra.HessianOperator(model, decayed, mine).apply(v)
+
+    def total(model: nn.Module, batch: Any) -> Tensor:
+        return loss(model, batch) + torch.cat([p.flatten() for p in model.parameters()]).norm()
+
+    yield "weights in one vector", lambda: spectra.HessianOperator(model, total, mine).apply(v)
     # The norms of the parts of batches are not those of the batches.
     yield "parts of the data", lambda: H.quadratic_forms(v)
     other = problem("mlp")[0]
@@ -531,6 +542,19 @@ def sharded_failures(rank: int, size: int) -> Any:
         with pytest.raises(spectra.SpectraError) as caught:
             call()
         found[name] = f"{type(caught.value).__name__}: {caught.value}"
+    model, loss, data = problem("mlp")
+
+    def decayed(model: nn.Module, batch: Any) -> Tensor:
+        return loss(model, batch) + 0.1 * sum(p.pow(2).sum() for p in model.parameters())
+
+    decayed.reduction = "mean"
+    H = spectra.HessianOperator(
+        shard(model), decayed, shares(data, size)[rank], recompute="none", microbatch=2
+    )
+    found["decayed"] = H @ directions(74).numpy()
+    model = problem("mlp")[0]
+    alone = spectra.HessianOperator(model, loss, data)
+    found["note"] = " ".join(alone.describe().get("notes", ()))
     return {**found, "then": sharded("mlp", rank, size).value()}
 
 

@@ -144,6 +144,9 @@ def test_eigenvectors_are_gathered_and_stored(tmp_path):
 
 def test_what_one_rank_does_otherwise_ends_it_on_all(tmp_path):
     found = cases.run("sharded_failures", 3, tmp_path)
+    # Of the weights by themselves the Hessian is 0.2.
+    V = cases.directions(74)
+    decayed = alone("mlp").apply(V) + 0.2 * V
     for rank, answer in enumerate(found):
         for name, words in {
             "an exception": "LossError: the loss raised ValueError on batch 1: out of luck",
@@ -153,13 +156,23 @@ def test_what_one_rank_does_otherwise_ends_it_on_all(tmp_path):
             "another seed": "rank 1 differs from rank 0 in: the option seed (0 on rank 0, 1 on",
             "another question": "rank 2 differs from rank 0 in: question",
             "a whole vector": f"expected a vector of shape ({(31, 31, 12)[rank]},)",
+            "a vector of a wrong length": "ArgumentError: ",
+            "weight decay": "take recompute='none', or leave the parameter out",
+            "weights in one vector": "take recompute='none', which gathers all",
             "parts of the data": "only where each process has all parameters",
             "other weights": "rank 2 differs from rank 0 in: the numbers of a parameter 'bias'",
             "other copies": "rank 2 differs from rank 0 in: the numbers of '0.bias', of which both",
             "not all": "spread over processes (DTensor): pass process_group=True",
         }.items():
             assert words in answer[name], (rank, name, answer[name])
-        for name in ("an exception", "in a derivative", "a loss of nan"):
+        assert "the data of one process of several" in answer["note"]
+        assert nearly(answer["decayed"], decayed, 1e-12)
+        for name in (
+            "an exception",
+            "in a derivative",
+            "a loss of nan",
+            "a vector of a wrong length",
+        ):
             assert ("rank 2 of 3 failed, and rank" in answer[name]) == (rank != 2), name
         # Still in step.
         assert answer["then"] == pytest.approx(alone("mlp").value(), rel=1e-12)
