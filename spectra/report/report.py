@@ -214,7 +214,8 @@ def write_report(
         blocks=_block_table(analysis.blocks),
         costs=_costs(analysis),
         downloads=downloads.of_analysis(analysis),
-        provenance=list(flattened(analysis.provenance)),
+        # What was not asked for says nothing of where the numbers come from.
+        provenance=[row for row in flattened(analysis.provenance) if row[1] != "None"],
     )
 
 
@@ -310,8 +311,8 @@ def _negative(analysis: Analysis) -> Iterator[str]:
         100 * max(0.0, min(1.0, end / n)) for end in (count.value, *_interval(count))
     )
     yield (
-        f"{value:.2g} % of all eigenvalues are below {-limit:.2g} "
-        f"({100 * level:g}% interval {low:.2g} to {high:.2g} %)"
+        f"{value:.2g}% of all eigenvalues are below {-limit:.2g} "
+        f"({100 * level:g}% interval {low:.2g} to {high:.2g}%)"
     )
 
 

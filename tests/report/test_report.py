@@ -174,7 +174,7 @@ def test_the_summary_counts_outliers_and_negative_eigenvalues(tmp_path):
     text = written(spectra.analyze(Diagonal(values), 10, steps=30, progress=False), tmp_path).text
     count, edge = re.search(r"; (\d+) eigenvalues stand above ([\d.]+), beyond", text).groups()
     assert int(count) == (values > float(edge)).sum() == 10
-    found = re.search(r"are below (\S+) \(95% interval (\S+) to (\S+) %\)", text)
+    found = re.search(r"are below (\S+) \(95% interval (\S+) to (\S+)%\)", text)
     limit, low, high = map(float, found.groups())
     assert low <= 100 * (values < limit).mean() <= high
 
