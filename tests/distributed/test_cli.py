@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+import spectra
 from spectra.cli import main
 
 TARGET = """
@@ -17,6 +18,17 @@ from tests.distributed import cases
 
 def target():
     return cases.problem("mlp")
+
+
+def in_shards():
+    from spectra.distributed import shard
+    model, loss, data = target()
+    return shard(model), loss, data[:3]
+
+
+def three_batches():
+    model, loss, data = target()
+    return model, loss, data[:3]
 
 
 def broken():
@@ -51,6 +63,21 @@ def torchrun(place, *arguments):
 def place(tmp_path):
     (tmp_path / "target.py").write_text(TARGET)
     return tmp_path
+
+
+@pytest.mark.slow
+def test_a_model_in_shards_is_written_whole(place, monkeypatch, capsys):
+    options = ("--top", "2", "--density", "--steps", "4", "--preflight", "off", "--out")
+    done = torchrun(place, "analyze", "target.py:in_shards", *options, "two")
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(place))
+    assert main(["analyze", "target.py:three_batches", *options, "one"]) == 0
+    capsys.readouterr()
+    two, one = spectra.load("two").eigenpairs, spectra.load("one").eigenpairs
+    assert two.vectors.shape == one.vectors.shape == (74, 2)
+    np.testing.assert_allclose(two.values, one.values, rtol=1e-6)
+    np.testing.assert_allclose(abs(two.vectors), abs(one.vectors), atol=1e-3)
 
 
 OPTIONS = ("--landscape", "--top", "3", "--steps", "10", "--rtol", "0.2", "--seed", "1", "--out")
