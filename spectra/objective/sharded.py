@@ -111,6 +111,9 @@ class ShardedSpace(ParameterSpace):
 
     def own(self, whole: Tensor) -> Tensor:
         """What is here (..., length) of whole vectors (..., n)."""
+        if whole.shape[-1:] != (self.n,):
+            msg = f"expected whole vectors (..., {self.n}), got {tuple(whole.shape)}"
+            raise ArgumentError(msg)
         part = whole.new_empty(*whole.shape[:-1], self.length)
         start = 0
         for name, layout, size in zip(self.names, self._layouts, self.sizes, strict=True):

@@ -84,5 +84,7 @@ def test_tensors_that_do_not_fit_are_refused(spaces):
         spread.flatten({**tensors, "0.bias": torch.zeros(3)})
     with pytest.raises(ArgumentError, match=r"check '0\.bias'"):
         spread.flatten({name: t for name, t in tensors.items() if name != "0.bias"})
+    with pytest.raises(ArgumentError, match=r"expected whole vectors \(\.\.\., 74\)"):
+        spread.own(torch.zeros(2, 73))
     with pytest.raises(ArgumentError, match=r"shape \(74,\)"):
         spread.unflatten(torch.zeros(3, dtype=torch.float64))
