@@ -24,7 +24,7 @@ def test_every_result_has_text_and_figures(analysis):
         "trace": (analysis.trace, 1),
         "blocks": (analysis.blocks, 1),
         "trajectory": (trajectory(), 1),
-        "a measurement, which has no figure": (trajectory()[0], 0),
+        "a measurement": (trajectory()[0], 1),
         "comparison": (spectra.compare(analysis, analysis), 2),
         "an exact number": (spectra.norm(Diagonal(np.ones(3)), 2, progress=False), 0),
     }
