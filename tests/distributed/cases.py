@@ -561,7 +561,17 @@ def sharded_failures(rank: int, size: int) -> Any:
 @case
 def killed(rank: int, size: int) -> Any:
     """One process is gone in the middle of a question."""
-    H = spread("mlp", rank, size)
+    return ended_by_a_kill(spread("mlp", rank, size), rank)
+
+
+@case
+def killed_in_shards(rank: int, size: int) -> Any:
+    """The same, where all of them are in the middle of a pass."""
+    return ended_by_a_kill(sharded("mlp", rank, size), rank)
+
+
+def ended_by_a_kill(H: Any, rank: int) -> dict[str, Any]:
+    """What the others say, and after how long."""
     compute = H._products
     count = 0
 
@@ -718,7 +728,7 @@ def compute(name: str, rank: int, size: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=size, timeout=TIMEOUT
     )
     torch.save(CASES[name](rank, size), folder / f"{rank}.pt")
-    if name != "killed":
+    if not name.startswith("killed"):
         dist.barrier()
         dist.destroy_process_group()
 

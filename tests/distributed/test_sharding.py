@@ -111,6 +111,13 @@ def test_a_run_goes_on_in_other_shards_or_in_none(tmp_path):
     assert unsharded["products"] <= whole["products"] - 29 + 2
 
 
+def test_a_process_that_is_killed_ends_the_others(tmp_path):
+    first, _, last = cases.run("killed_in_shards", 3, tmp_path, lost=(1,))
+    for rank, answer in ((0, first), (2, last)):
+        assert f"rank {rank} of 3 could not reach the others" in answer["said"]
+        assert answer["seconds"] < cases.TIMEOUT.total_seconds()
+
+
 def test_eigenvectors_are_gathered_and_stored(tmp_path):
     model, loss, data = cases.problem("mlp")
     H = spectra.HessianOperator(model, loss, data[:2])
