@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from spectra.distributed.collectives import agreed
 from spectra.errors import ArgumentError, ArgumentTypeError, ParameterSelectionError
 from spectra.objective.stored_vectors import Box, read_parts, write_part
 from spectra.objective.vectors import VectorSpace, dot
@@ -158,7 +160,8 @@ class ParameterSpace(VectorSpace):
             name: (box, vectors[self.slices[name]].T.reshape(-1, *box[1]))
             for name, box in self._boxes(written=True).items()
         }
-        write_part(Path(directory), self._place, parts, self._whole_shapes())
+        writing = agreed(self.ranks, "storing vectors", lambda: uuid.uuid4().hex)
+        write_part(Path(directory), self._place, parts, self._whole_shapes(), writing)
 
     def load_vectors(self, directory: str | Path) -> Tensor:
         """Vectors (n, k) that `save_vectors` stored, from any number of processes.

@@ -34,6 +34,7 @@ def write_part(
     place: tuple[int, int],
     parts: Mapping[str, tuple[Box, Tensor]],
     shapes: Mapping[str, Sequence[int]],
+    writing: str,
 ) -> None:
     """Write the part of one process.
 
@@ -47,6 +48,8 @@ def write_part(
         By parameter the box that its part fills, and the part of k vectors (k, *box).
     shapes
         Of the whole parameters.
+    writing
+        The same on all processes, and another one each time: parts of two writings are refused.
 
     Raises
     ------
@@ -58,6 +61,7 @@ def write_part(
     document = {
         "format": FORMAT,
         "processes": place[1],
+        "writing": writing,
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "boxes": {name: [list(start), list(size)] for name, ((start, size), _) in parts.items()},
     }
@@ -101,7 +105,11 @@ def _read(
     covered = dict.fromkeys(wanted, 0)
     for rank in range(first["processes"]):
         stem = _stem(directory, rank, first["processes"])
-        boxes = _document(stem)["boxes"]
+        document = _document(stem)
+        if document["writing"] != first["writing"]:
+            msg = f"{stem.name} in {str(directory)!r} is of another writing than the first part"
+            raise StorageError(msg)
+        boxes = document["boxes"]
         with safe_open(stem.with_suffix(".safetensors"), framework="pt") as file:
             for name, (start, size) in wanted.items():
                 if name in boxes:

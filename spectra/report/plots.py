@@ -357,26 +357,8 @@ def plot_blocks(
         return _plot_masses(blocks, ax)
     ax = _axes(ax)
     rows, others = blocks.table()
-    places = np.arange(len(rows))
-    values = np.array([row.trace.value for row in rows])
-    ends = np.array([row.trace.interval() for row in rows])
-    ax.barh(places, values, height=min(0.7, 0.15 * len(rows)), color=_MEAN, alpha=0.6)
-    if not blocks.exact and np.isfinite(ends).all():
-        ax.errorbar(
-            values,
-            places,
-            xerr=[values - ends[:, 0], ends[:, 1] - values],
-            fmt="none",
-            ecolor="#333333",
-            elinewidth=1.0,
-            capsize=2.5,
-            label=f"{100 * blocks.confidence:g}% interval, {blocks.probes} probes",
-        )
-        ax.legend(loc="best", fontsize="small")
-    ax.axvline(0.0, color=_GREY, linewidth=0.8)
-    # From the top, as the model is read.
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    _name_rows(ax, [row.name for row in rows])
+    label = "" if blocks.exact else f"{blocks.probes} probes"
+    _draw_bars(ax, {row.name: row.trace for row in rows}, blocks.confidence, label)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
     label = "trace of the diagonal block"
     if others is not None:
@@ -872,11 +854,22 @@ def plot_diagonal(diagonal: DiagonalEstimate, ax: Axes | None = None) -> Axes:
     # Of many those of largest mean, in the order of the model.
     order = sorted(means, key=lambda name: -abs(means[name].value))[:_MOST_COLUMNS]
     names = [name for name in means if name in order]
-    values = np.array([means[name].value for name in names])
-    ends = np.array([means[name].interval() for name in names])
-    places = np.arange(len(names))
-    ax.barh(places, values, height=min(0.7, 0.15 * len(names)), color=_MEAN, alpha=0.6)
-    if not diagonal.exact and np.isfinite(ends).all():
+    label = "" if diagonal.exact else f"{diagonal.probes} probes"
+    _draw_bars(ax, {name: means[name] for name in names}, diagonal.confidence, label)
+    left = len(means) - len(names)
+    ax.set_xlabel("mean of the diagonal" + (f" ({left} smaller ones left out)" if left else ""))
+    _finish(ax, f"Diagonal by module ({how})")
+    ax.grid(visible=False, axis="y")
+    return ax
+
+
+def _draw_bars(ax: Axes, estimates: dict[str, Estimate], confidence: float, probes: str) -> None:
+    """A bar for each, with its interval where `probes` says where that is from."""
+    places = np.arange(len(estimates))
+    values = np.array([estimate.value for estimate in estimates.values()])
+    ends = np.array([estimate.interval() for estimate in estimates.values()])
+    ax.barh(places, values, height=min(0.7, 0.15 * len(places)), color=_MEAN, alpha=0.6)
+    if probes and np.isfinite(ends).all():
         ax.errorbar(
             values,
             places,
@@ -885,17 +878,13 @@ def plot_diagonal(diagonal: DiagonalEstimate, ax: Axes | None = None) -> Axes:
             ecolor="#333333",
             elinewidth=1.0,
             capsize=2.5,
-            label=f"{100 * diagonal.confidence:g}% interval",
+            label=f"{100 * confidence:g}% interval, {probes}",
         )
-        _plain_legend(ax)
+        ax.legend(loc="best", fontsize="small")
     ax.axvline(0.0, color=_GREY, linewidth=0.8)
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    _name_rows(ax, names)
-    left = len(means) - len(names)
-    ax.set_xlabel("mean of the diagonal" + (f" ({left} smaller ones left out)" if left else ""))
-    _finish(ax, f"Diagonal by module ({how})")
-    ax.grid(visible=False, axis="y")
-    return ax
+    # From the top, as the model is read.
+    ax.set_ylim(len(places) - 0.4, -0.6)
+    _name_rows(ax, list(estimates))
 
 
 def plot_preflight(preflight: Preflight, ax: Axes | None = None) -> Axes:

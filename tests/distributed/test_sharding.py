@@ -1,11 +1,14 @@
 """Parameters spread over processes give what they give in one; what fails on one, fails on all."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import spectra
+from spectra.documents import sealed, to_bytes
 from tests.distributed import cases
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not there")
@@ -138,7 +141,13 @@ def test_eigenvectors_are_gathered_and_stored(tmp_path):
         assert torch.equal(answer["in other shards"].T, whole.vectors)
         assert all(torch.equal(answer["by module"][name], part) for name, part in first.items())
     assert not list(tmp_path.glob("refused*"))
-    (tmp_path / "vectors" / "vectors-00002-of-00003.json").unlink()
+    second = tmp_path / "vectors" / "vectors-00002-of-00003.json"
+    other = {**json.loads(second.read_text("utf-8")), "writing": "an earlier one"}
+    other.pop("checksum")
+    second.write_bytes(to_bytes(sealed(other)))
+    with pytest.raises(spectra.errors.StorageError, match="of another writing than the first"):
+        H.space.load_vectors(tmp_path / "vectors")
+    second.unlink()
     with pytest.raises(spectra.errors.StorageError, match="could not read vectors"):
         H.space.load_vectors(tmp_path / "vectors")
     with pytest.raises(spectra.errors.StorageError, match="not of these parameters"):
