@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "random_state_kept",
     "requiring_grad",
     "seed_generators",
+    "tensors_and_modes",
     "versions",
     "without_hooks",
 ]
@@ -91,6 +93,26 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
     )
 
 
+def tensors_and_modes(model: nn.Module) -> tuple[list[Tensor], tuple[bool, ...]]:
+    """The parameters and buffers of a model, each once, and the modes of its modules.
+
+    In one walk: `parameters()`, `buffers()` and `modules()` together take as long as a product of
+    a small network.
+    """
+    modules, tensors = {id(model): model}, {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                tensors[id(tensor)] = tensor
+        for child in module._modules.values():
+            if child is not None and id(child) not in modules:
+                modules[id(child)] = child
+                waiting.append(child)
+    return list(tensors.values()), tuple(module.training for module in modules.values())
+
+
 @torch.no_grad()
 def checksums(tensors: Iterable[Tensor]) -> bytes:
     """Weighted sums of the tensors' entries: changes behind autograd's back show in them.
@@ -104,11 +126,12 @@ def checksums(tensors: Iterable[Tensor]) -> bytes:
             continue
         flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         flat = flat.int_repr() if flat.is_quantized else flat
-        flat = flat.detach().reshape(-1)
-        if len(flat) <= _PIECE:
+        flat = flat.reshape(-1)
+        # `len` of a tensor takes as long as the sum of a small one.
+        if flat.numel() <= _PIECE:
             small.setdefault(flat.device, []).append(flat.float())
             continue
-        for start in range(0, len(flat), _SLICE):
+        for start in range(0, flat.numel(), _SLICE):
             # No copy of what is in single precision already.
             sums.setdefault(flat.device, []).extend(_sums(flat[start : start + _SLICE].float()))
     for device, pieces in small.items():
@@ -119,12 +142,15 @@ def checksums(tensors: Iterable[Tensor]) -> bytes:
 
 
 def _sums(entries: Tensor) -> list[Tensor]:
-    count = min(_PIECE, len(entries))
-    weights = torch.arange(1.0, 1.0 + count, dtype=entries.dtype, device=entries.device)
-    whole = len(entries) // _PIECE * _PIECE
-    rest = entries[whole:]
-    last = torch.dot(rest, weights[: len(rest)]).reshape(1)
+    whole = entries.numel() // _PIECE * _PIECE
+    rest, weights = entries[whole:], _weights(entries.device)
+    last = torch.dot(rest, weights[: rest.numel()]).reshape(1)
     return [torch.mv(entries[:whole].view(-1, _PIECE), weights), last] if whole else [last]
+
+
+@functools.cache
+def _weights(device: torch.device) -> Tensor:
+    return torch.arange(1.0, 1.0 + _PIECE, dtype=torch.float32, device=device)
 
 
 @contextlib.contextmanager

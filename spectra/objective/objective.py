@@ -52,6 +52,7 @@ from spectra.objective.keeping import (
     random_state_kept,
     requiring_grad,
     seed_generators,
+    tensors_and_modes,
     versions,
     without_hooks,
 )
@@ -562,8 +563,7 @@ class ModelObjective:
 
     def state(self) -> tuple[Any, ...]:
         """Versions and checksums of parameters and buffers, modes of modules, a list's batches."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        modes = tuple(module.training for module in self.model.modules())
+        tensors, modes = tensors_and_modes(self.model)
         return versions(tensors), checksums(tensors), modes, versions(self._batches_at_hand())
 
     def identity(self) -> dict[str, Any]:

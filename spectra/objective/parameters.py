@@ -116,8 +116,8 @@ class ParameterSpace(VectorSpace):
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat vector in the parameters' shapes, without copying."""
-        places = self.slices.values()
-        return [flat[s].view(shape) for s, shape in zip(places, self.shapes, strict=True)]
+        parts = flat.split(self.sizes)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def unflatten(self, flat: Tensor, params: Selection = None) -> dict[str, Tensor]:
         """The parts of a flat vector (n,) by parameter name, as views in the parameters' shapes.

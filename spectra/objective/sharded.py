@@ -91,6 +91,11 @@ class ShardedSpace(ParameterSpace):
             flat[self.slices[name]] = part.detach().reshape(-1).to(flat)
         return flat
 
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The shards in a flat vector, without copying."""
+        places = self.slices.values()
+        return [flat[s].view(shape) for s, shape in zip(places, self.shapes, strict=True)]
+
     def unflatten(self, flat: Tensor, params: Selection = None) -> dict[str, Tensor]:
         """Whole tensors by parameter name, on every process, from the part (length,) of a vector.
 

@@ -39,6 +39,8 @@ class GradientGraph:
         """Its second derivative as compiled code."""
         self.tried = False
         """Whether compiling it was tried."""
+        self.silent = False
+        """Whether a whole product on it was seen to run no Python code."""
 
     @property
     def depends(self) -> bool:
@@ -94,6 +96,11 @@ class Graphs:
         if not self._kept or len(self._kept) < (self._parts or 0):
             return None
         return list(self._kept.values())
+
+    def silent(self) -> bool:
+        """Whether products on the graphs of all parts are known to run no Python code."""
+        kept = self.all_kept()
+        return kept is not None and all(graph.silent for graph in kept)
 
     def each(self, build: Callable[[Part], GradientGraph]) -> Iterator[tuple[GradientGraph, bool]]:
         """The graph of every part in order, built if need be, and whether it outlives its turn."""

@@ -24,6 +24,7 @@ from spectra.distributed.collectives import Ranks
 from spectra.distributed.sharding import refuse_other_copies
 from spectra.errors import ArgumentError, DataError, LossError, SpectraError
 from spectra.journal import check_numbers
+from spectra.objective.keeping import gradients_on
 from spectra.objective.memory import memory_ran_out
 from spectra.objective.nodes import graph_nodes
 from spectra.objective.objective import Objective, Part
@@ -36,6 +37,7 @@ from spectra.oracle.passes import Fingerprint, Tally, Values
 from spectra.oracle.planning import Plan, PlanChangedError
 from spectra.oracle.precision import autocast_off, full_float32
 from spectra.oracle.recompute import UnsuitableSegmentError
+from spectra.oracle.replaying import runs_python
 from spectra.oracle.segments import Recompute
 
 __all__ = ["BlockRequest", "HvpOracle", "Operation"]
@@ -465,14 +467,20 @@ class HvpOracle:
             self._state_noted(compared=compared),
             # A loss that is to be computed under autocast enters it by itself.
             autocast_off(kind),
-            self.objective.evaluating(),
-            beside,
             contextlib.nullcontext() if self._tf32 else full_float32(kind),
-            # Around the backward too: what is recomputed runs forward passes there.
-            self._attention.differentiable(),
-            self._plan.applied(forward=not (products and self._graphs.all_kept())),
         ):
-            yield
+            if products and self._graphs.silent() and _untouched(self.objective.parameters):
+                with gradients_on():
+                    yield
+                return
+            with (
+                self.objective.evaluating(),
+                beside,
+                # Around the backward too: what is recomputed runs forward passes there.
+                self._attention.differentiable(),
+                self._plan.applied(forward=not (products and self._graphs.all_kept())),
+            ):
+                yield
 
     @contextlib.contextmanager
     def _state_noted(self, *, compared: bool) -> Iterator[None]:
@@ -561,7 +569,11 @@ class HvpOracle:
             )
 
         with self._differentiating(graph.part):
-            terms = differentiate(vectors)
+            if graph.kept and of is None and not graph.silent:
+                terms, python = runs_python(lambda: differentiate(vectors))
+                graph.silent = not python
+            else:
+                terms = differentiate(vectors)
         if of is None and self._compiler is not None and graph.kept and not graph.tried:
             graph.tried = True
             graph.product = self._compiler.compile(differentiate, vectors)
@@ -606,6 +618,11 @@ class HvpOracle:
         return diagnose.locate_culprit(
             objective.model, lambda: objective.loss(part), objective.function_name
         )
+
+
+def _untouched(parameters: Iterable[Tensor]) -> bool:
+    """Whether parameters are as a product needs them, without anything that it would set off."""
+    return all(p.requires_grad and not p._backward_hooks for p in parameters)
 
 
 @dataclass(frozen=True)
@@ -695,13 +712,18 @@ class _WeightedSum:
 
     def add(self, terms: tuple[Tensor | None, ...], weight: float) -> None:
         if self._empty:
+            into: list[Tensor] = []
+            dense: list[Tensor] = []
             for view, term in zip(self._views, terms, strict=True):
-                if term is None:
-                    view.zero_()
-                elif term.layout == torch.strided:
-                    view.copy_(term.detach())
-                else:
-                    view.zero_().add_(term.detach())
+                if term is not None and term.layout == torch.strided:
+                    into.append(view)
+                    dense.append(term.detach())
+                    continue
+                view.zero_()
+                if term is not None:
+                    view.add_(term.detach())
+            if dense:
+                torch._foreach_copy_(into, dense)
             self._empty, self._only = False, weight
             return
         if self._only is not None:

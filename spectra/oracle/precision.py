@@ -7,6 +7,7 @@ float32 matrix products, which a program may have switched on for training, it i
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,13 +48,14 @@ def full_float32(kind: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = conv
 
 
-def _recent_settings(kind: str) -> list[Any]:
+@functools.cache
+def _recent_settings(kind: str) -> tuple[Any, ...]:
     found = []
     for library, operation in _SETTINGS.get(kind, ()):
         setting = getattr(getattr(torch.backends, library, None), operation, None)
         if hasattr(setting, "fp32_precision"):
             found.append(setting)
-    return found
+    return tuple(found)
 
 
 @contextlib.contextmanager
