@@ -165,13 +165,13 @@ class Samples:
         product.add_(vector, alpha=-inner / space.norm(vector) ** 2)
         self._variances.append(2 * space.norm(product) ** 2)
 
-    @property
-    def last(self) -> tuple[float, float, float]:
-        """The last sample of the trace, of the square, and its variance."""
-        return self._traces[-1], self._squares[-1], self._variances[-1]
+    def since(self, count: int) -> list[tuple[float, float, float]]:
+        """The samples after so many: of the trace, of the square, and the variance of each."""
+        values = (self._traces[count:], self._squares[count:], self._variances[count:])
+        return list(zip(*values, strict=True))
 
     def append(self, sample: tuple[float, float, float]) -> None:
-        """Take in what was `last` in another run."""
+        """Take in a sample of another run."""
         for values, value in zip(
             (self._traces, self._squares, self._variances), sample, strict=True
         ):

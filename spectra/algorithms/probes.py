@@ -6,6 +6,7 @@ seed gives the same vectors on every device; the global random state is neither 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -51,6 +52,11 @@ MIN_PROBES = 5
 # The spread of squares tells their error less well: they are more skewed, and each by itself tells
 # nothing of its variance.
 MIN_PROBES_OF_SQUARE = 8
+# Probes multiplied together. Where graphs are built anew, four products in one pass over the data
+# cost what three cost one by one; more would save little, and take memory and time to stop.
+_TOGETHER = 4
+# Vectors there has to be room for with each: where memory is short they are multiplied one by one.
+_VECTORS_EACH = 8
 # Up to this n, products with all unit vectors are cheaper than any estimate.
 SMALL = 32
 
@@ -254,11 +260,30 @@ class Run:
 
     def probe(self, orthogonal_to: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A random vector z with ‖z‖² the dimension of where it lies, and Hz."""
+        return self.probes(1, orthogonal_to)[0]
+
+    def probes(
+        self, count: int, orthogonal_to: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """So many of them, multiplied in one pass over the data."""
         dimension = self.space.n - (0 if orthogonal_to is None else len(orthogonal_to))
-        vector = sphere(self.space, self.generator, orthogonal_to).mul_(math.sqrt(dimension))
-        product = self.apply(vector)
-        self.noise.watch(self.space, vector, product)
-        return vector, product
+        vectors = self.space.empty(count)
+        for vector in vectors:
+            drawn = sphere(self.space, self.generator, orthogonal_to)
+            torch.mul(drawn, math.sqrt(dimension), out=vector)
+        products = self.operator.apply(vectors.T).T
+        self.count(count)
+        for vector, product in zip(vectors, products, strict=True):
+            self.noise.watch(self.space, vector, product)
+        return list(zip(vectors, products, strict=True))
+
+    def together(self, come: float) -> int:
+        """How many probes are best multiplied together, where so many are to come."""
+        return max(1, min(self._room_for_probes, self.left, int(min(come, 2 * _TOGETHER) / 2)))
+
+    @functools.cached_property
+    def _room_for_probes(self) -> int:
+        return min(_TOGETHER, self.space.affordable() // _VECTORS_EACH)
 
     def sample(
         self, samples: Samples, known: KnownPart, orthogonal_to: Tensor | None = None
@@ -266,14 +291,15 @@ class Run:
         """Probe until the tolerance is met, or n unit vectors are cheaper, or nothing is left."""
         try:
             while self.left > 0:
-                if len(samples) >= self.least:
+                come = 2.0 * (self.least - len(samples))
+                if come <= 0:
                     come = self.come(samples.moments(self.spent, self.noise_found))
                     if come == 0:
                         break
                     if come > self.space.n <= self.left:
                         return self.exactly()
                 if self.space.probe_ranks is None:
-                    self._add_sample(samples, known, orthogonal_to)
+                    self._add_samples(self.together(come), samples, known, orthogonal_to)
                 else:
                     self._add_round(self.space.probe_ranks, samples, known, orthogonal_to)
         except Stopped:
@@ -281,27 +307,41 @@ class Run:
                 raise
         return samples.moments(self.spent, self.noise_found)
 
-    def _add_sample(
-        self, samples: Samples, known: KnownPart, orthogonal_to: Tensor | None = None
+    def _add_samples(
+        self,
+        count: int,
+        samples: Samples,
+        known: KnownPart,
+        orthogonal_to: Tensor | None = None,
     ) -> None:
-        """One more probe, of which a journal keeps the numbers only."""
+        """More probes, of which a journal keeps the numbers only."""
+
+        def add() -> None:
+            for vector, product in self.probes(count, orthogonal_to):
+                samples.add(known, vector, product)
+
         if current() is None or not self.noise.settled:
             # The first ones are compared with one another, which takes their vectors.
-            samples.add(known, *self.probe(orthogonal_to))
+            add()
             return
-        before, count = len(samples), len(known.noted)
+        before, noted = len(samples), len(known.noted)
 
-        def add() -> dict[str, Any]:
-            samples.add(known, *self.probe(orthogonal_to))
+        def added() -> dict[str, Any]:
+            add()
             state = self.generator.get_state()
-            return {"sample": samples.last, "noted": known.noted[count:], "generator": state}
+            return {
+                "samples": samples.since(before),
+                "noted": known.noted[noted:],
+                "generator": state,
+            }
 
-        value = remember("probe", add)
+        value = remember("probes", added)
         if len(samples) == before:
-            samples.append(value["sample"])
+            for sample in value["samples"]:
+                samples.append(sample)
             known.noted += value["noted"]
             self.generator.set_state(value["generator"])
-            self.count()
+            self.count(len(value["samples"]))
 
     def _add_round(
         self, groups: Ranks, samples: Samples, known: KnownPart, orthogonal_to: Tensor | None
@@ -319,7 +359,8 @@ class Run:
                 mine.add(known, *self.probe(orthogonal_to))
                 noted = known.noted[begun:]
                 del known.noted[begun:]
-            return (mine.last if len(mine) else None, noted), (self.noise.relative,)
+            last = mine.since(len(mine) - 1)[0] if len(mine) else None
+            return (last, noted), (self.noise.relative,)
 
         found, rows = groups.together("a round of probes", (), compute, dict)
         for sample, noted in groups.told(found)[:turns]:
@@ -336,11 +377,15 @@ class Run:
         self._bar.expect(self.spent + space.n)
         trace = square = 0.0
         diagonal = np.zeros(space.n)
-        for i in range(space.n):
-            column = self.apply(space.unit(i))
-            diagonal[i] = space.entry(column, i)
-            trace += diagonal[i]
-            square += space.norm(column) ** 2
+        block = max(1, self._room_for_probes)
+        for start in range(0, space.n, block):
+            units = torch.stack([space.unit(i) for i in range(start, min(start + block, space.n))])
+            columns = self.operator.apply(units.T).T
+            self.count(len(units))
+            for i, column in enumerate(columns, start):
+                diagonal[i] = space.entry(column, i)
+                trace += diagonal[i]
+                square += space.norm(column) ** 2
         return replace(self.known(float(trace), square), diagonal=diagonal)
 
     def known(self, trace: float, square: float) -> Moments:

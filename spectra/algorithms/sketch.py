@@ -95,8 +95,11 @@ def by_krylov(run: Run) -> tuple[Moments, str]:
 def _first_probes(run: Run) -> list[Tensor]:
     """As many as an error takes, each with its product (2, n), where there is room for them all."""
     probes = list(run.space.basis(2 * run.least).unflatten(0, (-1, 2)))
-    for rows in probes:
-        rows[0], rows[1] = run.probe()
+    block = run.together(2 * len(probes))
+    for start in range(0, len(probes), block):
+        some = probes[start : start + block]
+        for rows, pair in zip(some, run.probes(len(some)), strict=True):
+            rows[0], rows[1] = pair
     return probes
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import spectra
 from spectra.errors import ArgumentError, ArgumentTypeError, NonFiniteError
@@ -28,6 +29,7 @@ from tests.cases.matrices import (
     semicircle,
     tanh_network,
 )
+from tests.cases.networks import tanh_mlp, wine
 
 
 def half_width(estimate):
@@ -595,3 +597,24 @@ def test_a_basis_on_disk_gives_the_same_trace_to_the_last_bit(method, monkeypatc
     assert np.array_equal(here.variances, there.variances)
     assert here.provenance["basis"]["place"] == "device"
     assert there.provenance["basis"] == {**here.provenance["basis"], "place": "disk"}
+
+
+# --- probes together -----------------------------------------------------------------------------
+
+
+def test_probes_are_multiplied_together_in_few_passes_over_the_data():
+    model, batch = tanh_mlp((6, 20, 3)), wine(torch.float64)
+    passes = []
+
+    def loss(model, batch):
+        passes.append(1)
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    operator = spectra.HessianOperator(model, loss, [batch], graph="fresh")
+    found = spectra.trace(operator, method="hutchinson", rtol=0.2, seed=1)
+    assert found.matvecs > 8
+    assert len(passes) <= found.matvecs / 2
+    kept = spectra.HessianOperator(model, loss, [batch], graph="retained")
+    same = spectra.trace(kept, method="hutchinson", rtol=0.2, seed=1)
+    assert found.matvecs == same.matvecs
+    np.testing.assert_allclose(found.samples, same.samples, rtol=1e-10)
