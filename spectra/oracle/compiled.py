@@ -8,6 +8,7 @@ keeps its code on disk. Compiling takes minutes, so it pays after hundreds of pr
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -66,6 +67,8 @@ class Compiler:
         self.seconds = 0.0
         self.refusals: list[str] = []
         self.compiled = 0
+        # What all compiled parts together save in each product.
+        self._saved = 0.0
         self._known: dict[Any, Any] = {}
 
     def compile(self, eager: _Eager, vectors: tuple[Tensor, ...]) -> CompiledProduct | None:
@@ -89,7 +92,7 @@ class Compiler:
                 # PyTorch's compiler warns of itself.
                 warnings.simplefilter("ignore")
                 product = self._compiled(eager, vectors)
-            _compare(eager, product, vectors)
+            saved = _saved_seconds(eager, product, vectors)
         except (_Refusal, SpectraError) as reason:
             self._refuse(str(reason))
             return None
@@ -103,6 +106,7 @@ class Compiler:
         finally:
             self.seconds += time.perf_counter() - start
         self.compiled += 1
+        self._saved += saved
         return product
 
     def describe(self) -> dict[str, Any]:
@@ -110,6 +114,11 @@ class Compiler:
         return {
             "parts": self.compiled,
             "seconds": round(self.seconds, 1),
+            **(
+                {"pays_after_products": math.ceil(self.seconds / self._saved)}
+                if self._saved
+                else {}
+            ),
             **({"refused": self.refusals} if self.refusals else {}),
         }
 
@@ -192,8 +201,8 @@ class _Values(fx.Interpreter):
         return value
 
 
-def _compare(eager: _Eager, product: CompiledProduct, vectors: tuple[Tensor, ...]) -> None:
-    """Refuse compiled code that is wrong, or no faster than what it replaces."""
+def _saved_seconds(eager: _Eager, product: CompiledProduct, vectors: tuple[Tensor, ...]) -> float:
+    """How much faster compiled code is; it is refused if it is wrong, or no faster."""
     exact, found = eager(vectors), product(vectors)
     eps = max(torch.finfo(v.dtype).eps for v in vectors)
     square = difference = 0.0
@@ -208,6 +217,7 @@ def _compare(eager: _Eager, product: CompiledProduct, vectors: tuple[Tensor, ...
     if fast >= slow:
         msg = f"the compiled product takes {fast / slow:.2f} times as long"
         raise _Refusal(msg)
+    return slow - fast
 
 
 def _seconds(function: _Eager, vectors: tuple[Tensor, ...]) -> float:

@@ -39,6 +39,7 @@ from spectra.oracle.precision import autocast_off, full_float32
 from spectra.oracle.recompute import UnsuitableSegmentError
 from spectra.oracle.replaying import runs_python
 from spectra.oracle.segments import Recompute
+from spectra.oracle.together import Terms, Together
 
 __all__ = ["BlockRequest", "HvpOracle", "Operation"]
 
@@ -99,6 +100,7 @@ class HvpOracle:
         self.objective = objective
         self._tf32 = tf32
         self._compiler = Compiler() if compile else None
+        self._several = Together()
         self._attention = Attention(objective.model)
         self._checked = False
         self._values = Values(objective)
@@ -221,7 +223,7 @@ class HvpOracle:
         raise _TryAgain
 
     def _next_cheaper(self) -> bool:
-        if self._graphs.give_up():
+        if self._several.give_up("memory ran out together") or self._graphs.give_up():
             return True
         if not self._plan.next_cheaper():
             return False
@@ -283,9 +285,8 @@ class HvpOracle:
             out = space.empty(len(vectors))
             sums = [_WeightedSum(row, space.views(row)) for row in out]
             for graph, kept in graphs:
-                for i, (sum_, direction) in enumerate(zip(sums, directions, strict=True)):
-                    keep = kept or i + 1 < len(directions)
-                    products = self._second_derivative(graph, direction, keep_graph=keep)
+                found = self._second_derivatives(graph, directions, kept=kept)
+                for sum_, products in zip(sums, found, strict=True):
                     sum_.add(products, self._weight(graph.part))
                 tally.add(graph.part, graph.value, depends=graph.depends)
         return _Sums(tally, [out], sums)
@@ -407,6 +408,8 @@ class HvpOracle:
             described["attention"] = "in chunks of queries"
         if self._ranks is not None:
             described["ranks"] = self._ranks.size
+        if (several := self._several.describe()) is not None:
+            described["several_vectors"] = several
         if self._compiler is not None:
             described["compiled"] = self._compiler.describe()
         return described
@@ -529,14 +532,44 @@ class HvpOracle:
         """With which the derivatives of a part are added up."""
         return part.weight if self.objective.sharding is None else 1.0
 
+    def _second_derivatives(
+        self, graph: GradientGraph, directions: list[list[Tensor]], *, kept: bool
+    ) -> Iterator[Terms]:
+        """The derivative of the gradient along each of several directions."""
+
+        def one(direction: Sequence[Tensor], *, keep: bool = True) -> Terms:
+            return self._second_derivative(graph, direction, keep_graph=keep)
+
+        def many(stacked: Sequence[Tensor]) -> Terms:
+            live = _live(graph.gradients, stacked)
+            if not live:
+                return (None,) * len(stacked)
+            outputs, vectors = zip(*live, strict=True)
+            with autocast_off(self.objective.space.device.type):
+                return torch.autograd.grad(
+                    outputs,
+                    self.objective.parameters,
+                    grad_outputs=vectors,
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+
+        # Python code in the backward pass may compute anything, with one vector's shapes.
+        if len(directions) > 1 and graph.silent and graph.product is None:
+            yield from self._several.multiply(one, many, directions)
+            return
+        for i, direction in enumerate(directions):
+            yield one(direction, keep=kept or i + 1 < len(directions))
+
     def _second_derivative(
         self,
         graph: GradientGraph,
-        direction: list[Tensor],
+        direction: Sequence[Tensor],
         *,
         keep_graph: bool,
         of: Sequence[int] | None = None,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Terms:
         """The derivative of the gradient along a direction; `of` the parameters at some places."""
         gradients: Sequence[Tensor | None] = graph.gradients
         parameters = self.objective.parameters
@@ -546,20 +579,14 @@ class HvpOracle:
         if not self._checked:
             locate = functools.partial(self._locate, graph.part)
             diagnose.refuse_bad_nodes([graph.loss, *graph.gradients], locate)
-        live = [
-            (g, v.to(g))
-            for g, v in zip(gradients, direction, strict=True)
-            # Unused parameters have no gradient, linearly entering ones a constant one: both are
-            # rows of zeros.
-            if g is not None and g.requires_grad
-        ]
+        live = _live(gradients, direction)
         if not live:
             return (None,) * len(direction)
         outputs, vectors = zip(*live, strict=True)
         if graph.product is not None and of is None:
             return graph.product(vectors)
 
-        def differentiate(vectors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        def differentiate(vectors: tuple[Tensor, ...]) -> Terms:
             return torch.autograd.grad(
                 outputs,
                 parameters,
@@ -618,6 +645,21 @@ class HvpOracle:
         return diagnose.locate_culprit(
             objective.model, lambda: objective.loss(part), objective.function_name
         )
+
+
+def _live(
+    gradients: Sequence[Tensor | None], vectors: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """The gradients that depend on parameters, each with its part of a vector.
+
+    Unused parameters have no gradient, linearly entering ones a constant one: both are rows of
+    zeros.
+    """
+    return [
+        (g, v.to(g))
+        for g, v in zip(gradients, vectors, strict=True)
+        if g is not None and g.requires_grad
+    ]
 
 
 def _untouched(parameters: Iterable[Tensor]) -> bool:
