@@ -21,8 +21,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-TASKS = ["products", "top 1", "top 10", "trace", "density", "analysis", "memory"]
+TASKS = [
+    "products",
+    "top 1",
+    "top 10",
+    "top 10 of many",
+    "trace",
+    "density",
+    "analysis",
+    "profile",
+    "memory",
+]
 HEAVY = "minilm"  # of which a product takes a second
+# Seconds for an answer, where a product takes long; elsewhere the limit of a part.
+LIMITS = {"cnn": 30.0, "gpt": 60.0, HEAVY: 150.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from experiments.benchmarks import tables
     from experiments.benchmarks.growth import SIZES
-    from experiments.benchmarks.workloads import TINY, WORKLOADS
+    from experiments.benchmarks.workloads import COMPILED, TINY, WORKLOADS
 
     torch.set_num_threads(options.threads)
     workloads = TINY if options.tiny else WORKLOADS
@@ -44,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results["note"] = options.note
     options.out.mkdir(parents=True, exist_ok=True)
     parts = [(name, task) for name in workloads for task in TASKS]
+    parts += [(name, "compiling") for name in ([] if options.tiny else COMPILED)]
     parts += [("growth", what) for what in SIZES]
     begun = time.perf_counter()
     for name, task in parts:
@@ -93,11 +106,11 @@ def part(
     name: str, task: str, options: argparse.Namespace, earlier: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """One workload and task, with all contestants."""
-    from experiments.benchmarks import answers, growth, memory, timing
+    from experiments.benchmarks import answers, compiling, growth, memory, profile, timing
     from experiments.benchmarks.peers import CONTESTANTS, SOLVERS
-    from experiments.benchmarks.workloads import TINY, WORKLOADS, Missing
+    from experiments.benchmarks.workloads import COMPILED, TINY, WORKLOADS, Missing
 
-    cache, workloads = options.out / "weights", {**WORKLOADS, **TINY}
+    cache, workloads = options.out / "weights", {**COMPILED, **WORKLOADS, **TINY}
     heavy = name == HEAVY
     rounds, limit = (2, 8.0) if options.quick else (2, 60.0) if heavy else (5, 12.0)
     result: dict[str, Any] = {"workload": name, "task": task}
@@ -108,26 +121,27 @@ def part(
         )
         return result
     try:
-        w = workloads[name](cache)
+        w = workloads[name](cache, many=task.endswith("of many"))
     except (Missing, ImportError) as error:
         return {**result, "failure": timing.first_line(error)}
     result["description"] = w.describe()
     solvers = {key: CONTESTANTS[key] for key in SOLVERS}
     if task not in {"products", "memory"}:
         rounds = min(rounds, 1 if heavy else 3)
+        limit = limit if options.quick else LIMITS.get(name, limit)
     if task in {"trace", "density", "analysis"} and w.heavy:
         return {**result, "failure": "left out: it would take each contestant half an hour"}
     if task == "products":
         many = workloads[name](cache, many=True)
         result["records"] = timing.products(w, CONTESTANTS, rounds, budget=limit)
-        if options.quick and name in {"cnn", "gpt"}:
-            rounds = 0  # to see who is right
-        result["many"] = timing.products(many, CONTESTANTS, rounds, budget=limit)
+        # To see who is right; or once.
+        few = 0 if options.quick and name in {"cnn", "gpt"} else 1 if heavy else rounds
+        result["many"] = timing.products(many, CONTESTANTS, few, budget=limit)
         result["many_description"] = many.describe()
     elif task == "memory":
-        chosen = growth.GROWING if options.quick else memory.MEASURED
+        chosen = growth.GROWING if options.quick or heavy else memory.MEASURED
         result["records"] = memory.peaks(name, chosen, {}, cache, 120.0)
-        if not options.quick:
+        if not (options.quick or heavy):
             result["many"] = memory.peaks(name, chosen, {"many": True}, cache, 120.0)
     elif task.startswith("top"):
         count = int(task.split()[1])
@@ -138,6 +152,10 @@ def part(
         w = w.double() if w.n <= answers.SMALL else w
         exact = answers.eigenvalues(w) if w.n <= answers.SMALL else None
         result["records"] = answers.density(w, solvers, rounds, limit, exact)
+    elif task == "profile":
+        result["records"] = profile.answers(w, rounds)
+    elif task == "compiling":
+        result["record"] = compiling.gains(w, name, cache, rounds, options.threads)
     else:
         settings = settings_found(earlier, name, list(solvers))
         reference = reference_found(earlier, name)

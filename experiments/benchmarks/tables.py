@@ -1,6 +1,8 @@
 """What did a run find? From `results.json` the page `benchmarks.md` and its plot.
 
 python -m experiments.benchmarks.tables bench-run/results.json docs
+
+Several files are those of processes that measured different parts.
 """
 
 from __future__ import annotations
@@ -13,7 +15,21 @@ from typing import Any
 
 import numpy as np
 
-NAMES = {"digits": "digits MLP", "cnn": "CNN", "gpt": "GPT", "minilm": "MiniLM", "tiny": "tiny"}
+NAMES = {
+    "digits": "digits MLP",
+    "cnn": "CNN",
+    "gpt": "GPT",
+    "gpt2": "GPT-2",
+    "minilm": "MiniLM",
+    "tiny": "tiny",
+}
+TITLES_OF_ANSWERS = {
+    "top 1": "Top 1",
+    "top 10": "Top 10",
+    "top 10 of many": "Top 10, many batches",
+    "trace": "Trace",
+    "analysis": "Analysis",
+}
 WRONG = 1e-6  # relative error of a product in float64 beyond which it is another matrix's
 
 Record = dict[str, Any]
@@ -35,7 +51,10 @@ def page(results: dict[str, Any], drawn: bool) -> str:
         products(results, "records", "One batch"),
         products(results, "many", "Many batches, the last one shorter"),
         answers(results),
+        fastest(results),
+        profiles(results),
         densities(results),
+        compiling(results),
         memories(results),
         growths(results, drawn),
     ]
@@ -141,7 +160,7 @@ def wrong(record: Record) -> str:
 
 def answers(results: dict[str, Any]) -> str:
     """Times to the same accuracy."""
-    tasks = ["top 1", "top 10", "trace", "analysis"]
+    tasks = list(TITLES_OF_ANSWERS)
     found = [part for task in tasks for part in parts(results, task)]
     if not any("records" in part for part in found):
         return ""
@@ -163,7 +182,7 @@ def answers(results: dict[str, Any]) -> str:
             for name in contestants(some, "records")
         ]
         header = [task, *(NAMES[part["workload"]] for part in some)]
-        blocks.append(f"### {task.capitalize()}\n\n" + table(header, rows))
+        blocks.append(f"### {TITLES_OF_ANSWERS[task]}\n\n" + table(header, rows))
         blocks += [
             f"{NAMES[part['workload']]}: {part['failure']}."
             for part in parts(results, task)
@@ -178,6 +197,97 @@ def cell(record: Record) -> str:
     text = spread(record["gradients"])
     counts = [count for count in record.get("products", []) if count is not None]
     return text + (f" ({np.median(counts):.0f} products)" if counts else "")
+
+
+def fastest(results: dict[str, Any]) -> str:
+    """spectra beside whichever other package was the fastest to an accurate answer."""
+    rows = []
+    for task, title in TITLES_OF_ANSWERS.items():
+        for part in parts(results, task):
+            ours = record_of(part, "spectra", "records")
+            others = [
+                (float(np.median(record["gradients"])), record["contestant"])
+                for record in part.get("records", [])
+                if "gradients" in record
+                and "failure" not in record
+                and not record["contestant"].startswith("spectra")
+            ]
+            if "gradients" not in ours or not others:
+                continue
+            time, name = min(others)
+            ratio = float(np.median(ours["gradients"])) / time
+            rows.append([title, NAMES[part["workload"]], name, f"{ratio:.2f}"])
+    if not rows:
+        return ""
+    header = ["answer", "workload", "fastest other package", "time of spectra / its time"]
+    return "### Beside the fastest other package\n\n" + table(header, rows)
+
+
+def profiles(results: dict[str, Any]) -> str:
+    """Where the time of an answer goes."""
+    rows = []
+    for part in parts(results, "profile"):
+        for record in part.get("records", []):
+            count, gradients = np.median(record["products"]), np.median(record["gradients"])
+            shares = [np.median(record[key]) for key in ("autograd", "around", "outside")]
+            rows.append(
+                [
+                    f"{record['what']}, {NAMES[part['workload']]}",
+                    f"{gradients:.0f}",
+                    f"{count:.0f}",
+                    *(f"{100 * share:.1f} %" for share in shares),
+                    f"{count * record['plain']:.0f}",
+                ]
+            )
+    if not rows:
+        return ""
+    header = [
+        "spectra",
+        "gradients",
+        "products",
+        "autograd",
+        "around it, in a product",
+        "outside of products",
+        "as many products by hand",
+    ]
+    note = (
+        "What the times above consist of: differentiating; what surrounds it in a product (checks "
+        "of weights and data, sums over batches, copies); the algorithm (reorthogonalisation, "
+        "Ritz values, tests). The last column is what the same number of products takes where "
+        "nothing is checked and nothing is done with them, in gradients, on kept graphs: less "
+        "than that takes fewer products."
+    )
+    return f"### Where the time goes\n\n{note}\n\n{table(header, rows)}"
+
+
+def compiling(results: dict[str, Any]) -> str:
+    """What `compile=True` gains."""
+    found = [part for part in parts(results, "compiling") if "record" in part]
+    if not found:
+        return ""
+    rows = []
+    for part in found:
+        record = part["record"]
+        said = record["said"]
+        rows.append(
+            [
+                NAMES[part["workload"]],
+                spread(record["kept"]),
+                spread(record["compiled"]) if said["parts"] else "; ".join(said["refused"]),
+                f"{said['seconds']:.0f} s",
+                f"{record['again']:.0f} s",
+                f"{said.get('pays_after_products', 0):,}" if said["parts"] else "",
+            ]
+        )
+    header = [
+        "gradients for a product",
+        "on a kept graph",
+        "compiled",
+        "compiling took",
+        "with its code on disk",
+        "pays after",
+    ]
+    return "## Compiled products\n\n" + table(header, rows)
 
 
 def densities(results: dict[str, Any]) -> str:
@@ -362,5 +472,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def joined(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The results of processes that measured different parts at the same time, as one."""
+    result = dict(several[0])
+    result["parts"] = [part for results in several for part in results["parts"]]
+    result["seconds"] = max(results.get("seconds", 0) for results in several)
+    return result
+
+
 if __name__ == "__main__":
-    write(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))
+    *files, folder = map(Path, sys.argv[1:])
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    write(joined(found), folder)

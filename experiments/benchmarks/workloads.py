@@ -59,6 +59,23 @@ def gpt(cache: Path, *, many: bool = False, length: int = 64, steps: int = 500) 
     return Workload("GPT", model.eval(), batches, products=6)
 
 
+def gpt2(cache: Path, *, many: bool = False, length: int = 64) -> Workload:
+    """Hugging Face's GPT-2 with four layers, at its initial weights, on the same documentation."""
+    del cache, many
+    if find_spec("transformers") is None:
+        raise Missing("transformers is not installed")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=256, n_positions=length, n_embd=128, n_layer=4, n_head=4, use_cache=False
+    )
+    config._attn_implementation = "eager"
+    inputs, targets = sample_text(documentation(), 8, length, seed=10**6)
+    model = Logits(GPT2LMHeadModel(config)).eval()
+    return Workload("GPT-2", model, [(inputs, targets)], products=6)
+
+
 def minilm(cache: Path, *, many: bool = False) -> Workload:
     """The published weights of all-MiniLM-L6-v2 with the loss that they were trained with."""
     del cache
@@ -110,6 +127,7 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "gpt": gpt,
     "minilm": minilm,
 }
+COMPILED: dict[str, Callable[..., Workload]] = {"gpt": gpt, "gpt2": gpt2}
 TINY: dict[str, Callable[..., Workload]] = {"tiny": tiny}
 
 
@@ -317,6 +335,17 @@ class Block(nn.Module):
         mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, width)
         x = x + self.out(mixed)
         return x + self.mlp(self.norm2(x))
+
+
+class Logits(nn.Module):
+    """Those of a language model of Hugging Face's, flat (B·T, vocabulary)."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.inner(input_ids=tokens).logits.flatten(0, 1)
 
 
 class Contrastive(nn.Module):

@@ -1,0 +1,91 @@
+"""Where does the time of an answer go: differentiating, what is around it, or the algorithm?"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from experiments.benchmarks.peers import CONTESTANTS, gradient, plain_retained
+from experiments.benchmarks.timing import opened, quiet, seconds, settle, times_until_readable
+from experiments.benchmarks.workloads import Workload
+from spectra.operators.base import SymmetricOperator
+from spectra.oracle.hvp import HvpOracle
+
+# What builds and what differentiates graphs, and the door through which all products go.
+_AUTOGRAD = [(HvpOracle, "_second_derivative"), (HvpOracle, "_gradient_graph")]
+_PRODUCTS = [(SymmetricOperator, "_checked_products")]
+
+
+def answers(w: Workload, rounds: int) -> list[dict[str, Any]]:
+    """Shares of the time of ten eigenpairs, and of an analysis.
+
+    Of each answer a record: gradients that it took, products, and what a hand-written product on a
+    kept graph takes; the shares, round by round, of autograd, of what is around it in a product,
+    and of everything outside of products.
+    """
+    asked: dict[str, Callable[[Any, int], Any]] = {
+        "top 10": lambda tools, seed: tools.top(10, 1e-3, seed),
+        "analysis": lambda tools, seed: tools.analysis(seed),
+    }
+    if w.heavy:
+        del asked["analysis"]
+    repeats = times_until_readable(lambda: gradient(w))
+    records = []
+    for what, ask in asked.items():
+        record: dict[str, Any] = {"what": what}
+        settle()
+        for seed in range(rounds):
+            before = seconds(lambda: gradient(w), repeats)
+            with quiet(), clocks(_AUTOGRAD) as autograd, clocks(_PRODUCTS) as products:
+                start = time.perf_counter()
+                with opened(CONTESTANTS["spectra"], w) as tools:
+                    ask(tools, seed)
+                    took = time.perf_counter() - start
+                    count = tools.count() if tools.count else 0
+            unit = (before + seconds(lambda: gradient(w), repeats)) / 2
+            record.setdefault("gradients", []).append(took / unit)
+            record.setdefault("products", []).append(count)
+            record.setdefault("autograd", []).append(sum(autograd) / took)
+            around = (sum(products) - sum(autograd)) / took
+            record.setdefault("around", []).append(around)
+            record.setdefault("outside", []).append(1 - sum(products) / took)
+        record["plain"] = plain_product(w, repeats)
+        records.append(record)
+    return records
+
+
+def plain_product(w: Workload, repeats: int) -> float:
+    """Gradients for a product written by hand, on kept graphs."""
+    v = w.vector(1)
+    with opened(plain_retained, w) as tools:
+        tools.hvp(v)
+        unit = seconds(lambda: gradient(w), repeats)
+        took = seconds(lambda: tools.hvp(v), repeats)
+    return took / unit
+
+
+@contextlib.contextmanager
+def clocks(functions: list[tuple[type, str]]) -> Iterator[list[float]]:
+    """Within it the seconds of every call of some methods are noted."""
+    noted: list[float] = []
+    originals = [(kind, name, getattr(kind, name)) for kind, name in functions]
+
+    def clocked(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(*args, **options)
+            finally:
+                noted.append(time.perf_counter() - start)
+
+        return call
+
+    try:
+        for kind, name, method in originals:
+            setattr(kind, name, clocked(method))
+        yield noted
+    finally:
+        for kind, name, method in originals:
+            setattr(kind, name, method)
