@@ -357,8 +357,11 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     """Sum of the products of two vectors' entries, in float64: still on their device."""
     if x.dtype == torch.float64:
         return torch.dot(x, y)
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
     block = _BLOCK if x.device.type == "cpu" else _BLOCK_ON_ACCELERATOR
+    if x.numel() <= block:
+        exact = x.double()
+        return torch.dot(exact, exact if y is x else y.double())
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
     for start in range(0, len(x), block):
         part = x[start : start + block].double()
         other = part if y is x else y[start : start + block].double()
