@@ -18,14 +18,17 @@ from spectra.errors import LossError, StochasticModelError
 __all__ = [
     "buffers_kept",
     "checksums",
+    "global_random_states",
     "gradients_on",
     "gradients_put_aside",
     "hooks_of_engine_off",
     "moved",
     "random_draws_refused",
     "random_state_kept",
+    "random_states",
     "requiring_grad",
     "seed_generators",
+    "set_random_states",
     "tensors_and_modes",
     "versions",
     "without_hooks",
@@ -161,28 +164,45 @@ def gradients_on() -> Iterator[None]:
         yield
 
 
+def random_states(data: Any = None) -> tuple[Any, ...]:
+    """The global random states of the CPU, and those of a loader's own generators."""
+    holders = [data, getattr(data, "sampler", None)]
+    generators = [
+        g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)
+    ]
+    own = [(generator, generator.get_state()) for generator in generators]
+    # Augmentations of loaders still draw from NumPy's legacy state.
+    return own, torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def set_random_states(states: tuple[Any, ...]) -> None:
+    """Put back what `random_states` found."""
+    own, torchs, pythons, numpys = states
+    torch.set_rng_state(torchs)
+    random.setstate(pythons)
+    np.random.set_state(numpys)  # noqa: NPY002
+    for generator, state in own:
+        generator.set_state(state)
+
+
+def global_random_states() -> tuple[Any, ...]:
+    """The states of the generators that all threads share, to be compared."""
+    return torch.get_rng_state().numpy().tobytes(), *_states_beside_torch()
+
+
 @contextlib.contextmanager
 def random_state_kept(data: Any = None) -> Iterator[None]:
     """Put the random state back, the global one and that of a loader's own generators.
 
     Shuffling loaders and dropout draw from it.
     """
-    holders = [data, getattr(data, "sampler", None)]
-    generators = [
-        g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)
-    ]
-    states = [generator.get_state() for generator in generators]
-    # Augmentations of loaders still draw from NumPy's legacy state.
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    states = random_states(data)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices, enabled=bool(devices)):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        set_random_states(states)
 
 
 @contextlib.contextmanager

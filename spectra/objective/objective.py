@@ -68,6 +68,7 @@ from spectra.objective.parameters import (
     select_parameters,
     stand_ins,
 )
+from spectra.objective.reading import Reader
 from spectra.objective.sharded import ShardedSpace
 
 __all__ = ["FunctionObjective", "ModelObjective", "Objective", "Part"]
@@ -356,6 +357,7 @@ class ModelObjective:
         )
         self.microbatch = microbatch
         self._data = reiterable(data, hold_data=hold_data)
+        self._reader = Reader(self._data)
         self._num_batches: int | None = None
         # What a rank computes on in step with others that have more parts.
         self._repeated: Part | None = None
@@ -630,6 +632,7 @@ class ModelObjective:
             "batches": self._num_batches,
             "microbatch": self.microbatch,
             "training_mode": self._allow_training_mode,
+            **({"data_read": "ahead, in a thread"} if self._reader.ahead else {}),
         }
         if routers := discontinuous_modules(self.model):
             description["notes"] = [_routing_note(routers)]
@@ -684,7 +687,7 @@ class ModelObjective:
     def _numbered_batches(self) -> Iterable[tuple[int, Any]]:
         """Each with the number that it has in the data, whatever their order."""
         if not self._reversed:
-            return enumerate(batches_of(self._data))
+            return enumerate(self._reader.batches())
         return reversed(list(enumerate(held_in_memory(self._data))))
 
     def _weight_of(self, batch: Any, label: str) -> float:

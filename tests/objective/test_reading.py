@@ -1,0 +1,227 @@
+import random
+import sqlite3
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from spectra import HessianOperator
+from spectra.errors import DataError
+from spectra.objective import reading
+from spectra.objective.losses import supervised
+from spectra.objective.reading import Reader, is_slow
+from tests.cases.networks import tanh_mlp, wine
+
+LOSS = supervised(nn.CrossEntropyLoss())
+MAIN = threading.main_thread().ident
+
+
+class Batches:
+    """Batches, with the threads that asked for them."""
+
+    def __init__(self, draw=lambda: 0.0, fail=lambda place: None):
+        x, y = wine(torch.float64)
+        self.batches = list(zip(x.split(30), y.split(30), strict=True))
+        self.draw, self.fail = draw, fail
+        self.threads = []
+
+    def __iter__(self):
+        for place, (x, y) in enumerate(self.batches):
+            self.threads.append(threading.get_ident())
+            self.fail(place)
+            yield x + self.draw(), y
+
+
+@pytest.fixture
+def _always_slow(monkeypatch):
+    monkeypatch.setattr(reading, "is_slow", lambda *_: True)
+
+
+def operator(data, **options):
+    torch.manual_seed(0)
+    return HessianOperator(tanh_mlp(), LOSS, data, graph="fresh", **options)
+
+
+def passes(data, count=3, **options):
+    H = operator(data, **options)
+    v = torch.ones(H.shape[0], dtype=torch.float64)
+    return H, [H.apply(v) for _ in range(count)]
+
+
+def left():
+    return [t for t in threading.enumerate() if t.name.startswith("spectra-reading")]
+
+
+@pytest.mark.usefixtures("_always_slow")
+def test_the_next_batch_is_read_in_a_thread_after_the_first_pass():
+    data = Batches()
+    H, products = passes(data)
+    count = len(data.batches)
+    assert set(data.threads[: count + 1]) == {MAIN}
+    assert MAIN not in data.threads[count + 1 : 2 * count]
+    assert H.describe()["data_read"] == "ahead, in a thread"
+    _, (expected, *_) = passes(data.batches)
+    for product in products:
+        assert torch.equal(product, expected)
+    assert not left()
+
+
+@pytest.mark.usefixtures("_always_slow")
+@pytest.mark.parametrize("own", [False, True])
+def test_shuffled_loaders_give_the_same_batches_ahead(own):
+    x, y = wine(torch.float64)
+
+    def loader():
+        generator = torch.Generator().manual_seed(3) if own else None
+        return DataLoader(
+            TensorDataset(x, y), 30, shuffle=True, drop_last=True, generator=generator
+        )
+
+    H, products = passes(loader())
+    assert "data_read" in H.describe()
+    H._oracle.objective._reader.ahead = False
+    v = torch.ones(H.shape[0], dtype=torch.float64)
+    for product in products:
+        assert torch.equal(product, H.apply(v))
+
+
+@pytest.mark.usefixtures("_always_slow")
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: 0.01 * torch.rand(()).double(),
+        lambda: 0.01 * random.random(),
+        lambda: 0.01 * np.random.rand(),  # noqa: NPY002 - as augmentations do
+    ],
+)
+def test_loaders_that_draw_for_every_batch_are_read_in_turn(draw):
+    data = Batches(draw)
+    H = operator(data)
+    for _ in range(2):
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)  # noqa: NPY002
+        try:
+            H.apply(torch.ones(H.shape[0], dtype=torch.float64))
+        except DataError as error:
+            # Of NumPy and Python the state at the beginning of a pass is the caller's.
+            assert "in an earlier pass" in str(error)  # noqa: PT017
+    assert H._oracle.objective._reader.ahead is False
+    assert set(data.threads) == {MAIN}
+
+
+def test_lists_and_loaders_with_workers_are_left_alone():
+    x, y = wine(torch.float64)
+    assert Reader([(x, y)]).ahead is False
+    assert Reader(DataLoader(TensorDataset(x, y), 30, num_workers=2)).ahead is False
+    assert Reader(DataLoader(TensorDataset(x, y), 30)).ahead is None
+
+
+def test_what_is_slow():
+    assert is_slow(reading=1.0, whole=10.0, count=100)
+    assert not is_slow(reading=0.1, whole=10.0, count=10)
+    assert not is_slow(reading=0.05, whole=0.06, count=100)
+
+
+def test_loaders_that_are_quick_are_read_in_turn(monkeypatch):
+    asked = []
+    monkeypatch.setattr(reading, "is_slow", lambda *numbers: asked.append(numbers) or False)
+    data = Batches()
+    H, _ = passes(data)
+    assert set(data.threads) == {MAIN}
+    assert "data_read" not in H.describe()
+    ((seconds, whole, count),) = asked
+    assert 0 < seconds < whole
+    assert count == len(data.batches)
+
+
+class Table(Dataset):
+    """Samples in a database whose connection only the thread that opened it may use."""
+
+    def __init__(self):
+        self.x, self.y = wine(torch.float64)
+        self.connection = sqlite3.connect(":memory:")
+        self.connection.execute("CREATE TABLE samples (place INTEGER)")
+        self.connection.executemany(
+            "INSERT INTO samples VALUES (?)", [(i,) for i in range(len(self.x))]
+        )
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        query = "SELECT place FROM samples WHERE place = ?"
+        (place,) = self.connection.execute(query, (i,)).fetchone()
+        return self.x[place], self.y[place]
+
+
+@pytest.mark.usefixtures("_always_slow")
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_what_cannot_be_read_from_another_thread_is_read_in_this_one(shuffle):
+    H, products = passes(DataLoader(Table(), 30, shuffle=shuffle), 4)
+    assert H._oracle.objective._reader.ahead is False
+    for product in products:
+        assert torch.equal(product, products[0])
+    assert not left()
+
+
+@pytest.mark.usefixtures("_always_slow")
+def test_an_error_of_the_loader_comes_in_its_turn_with_its_number():
+    broken = []
+
+    def fail(place):
+        if broken and place == 3:
+            raise OSError("the disk is gone")
+
+    data = Batches(fail=fail)
+    H, _ = passes(data, 2)
+    broken.append(True)
+    v = torch.ones(H.shape[0], dtype=torch.float64)
+    with pytest.raises(DataError, match="reading batch 3 of the data raised OSError: the disk"):
+        H.apply(v)
+    assert not left()
+    broken.clear()
+    _, (expected, *_) = passes(data.batches)
+    assert torch.equal(H.apply(v), expected)
+
+
+@pytest.mark.usefixtures("_always_slow")
+def test_the_thread_ends_where_a_pass_is_given_up():
+    seen = []
+
+    def loss(model, batch):
+        seen.append(1)
+        if len(seen) == 2 * 6 + 2:
+            raise KeyboardInterrupt
+        return LOSS(model, batch)
+
+    data = Batches()
+    assert len(data.batches) == 6
+    H = HessianOperator(tanh_mlp(), loss, data, graph="fresh")
+    v = torch.ones(H.shape[0], dtype=torch.float64)
+    first, second = H.apply(v), H.apply(v)
+    with pytest.raises(KeyboardInterrupt):
+        H.apply(v)
+    assert not left()
+    assert torch.equal(first, second)
+    assert torch.equal(H.apply(v), first)
+
+
+@pytest.mark.usefixtures("_always_slow")
+def test_batches_are_made_on_the_default_device_of_the_caller():
+    devices = []
+
+    class Made:
+        def __iter__(self):
+            for batch in Batches().batches:
+                devices.append((threading.get_ident(), str(torch.empty(0).device)))
+                yield batch
+
+    reader = Reader(Made())
+    list(reader.batches())
+    with torch.device("meta"):
+        list(reader.batches())
+    assert {device for ident, device in devices[7:] if ident != MAIN} == {"meta"}
