@@ -3,7 +3,9 @@
 `torch.compile` does not support double backward. But on a gradient's graph that is kept, the second
 backward pass is a fixed sequence of tensor operations, linear in the vector. It is traced once;
 whatever does not depend on the vector is computed once; the rest is compiled by inductor, which
-keeps its code on disk. Compiling takes minutes, so it pays after hundreds of products.
+keeps its code on disk. Compiling takes a minute or more, so it pays after hundreds of products: it
+begins once products have taken half a minute, so that a short run does without it, and a long one
+loses little.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ __all__ = ["CompiledProduct", "Compiler"]
 _TOLERANCE = 1e3
 # Runs that are timed, after one that is not.
 _TIMED = 3
+# Of products on kept graphs, before anything is compiled: a small transformer takes 27 to 74 to be
+# compiled, and a run that ends before it has taken as long would not have gained.
+_PATIENCE = 30.0
 
 _Eager = Callable[[tuple[Tensor, ...]], tuple[Tensor | None, ...]]
 
@@ -69,7 +74,13 @@ class Compiler:
         self.compiled = 0
         # What all compiled parts together save in each product.
         self._saved = 0.0
+        self._waited = 0.0
         self._known: dict[Any, Any] = {}
+
+    def due(self, seconds: float) -> bool:
+        """Whether to compile, now that another product has taken some seconds."""
+        self._waited += seconds
+        return self._waited >= _PATIENCE
 
     def compile(self, eager: _Eager, vectors: tuple[Tensor, ...]) -> CompiledProduct | None:
         """Compiled code for `eager`, a linear function, unless it fails or is not faster.
@@ -111,6 +122,12 @@ class Compiler:
 
     def describe(self) -> dict[str, Any]:
         """What was compiled, for the provenance of results."""
+        if 0 < self._waited < _PATIENCE:
+            why = (
+                f"products have taken {self._waited:.2g} s; compiling begins after {_PATIENCE:g} s "
+                "of them, about what it takes itself"
+            )
+            return {"parts": 0, "seconds": 0.0, "waits": why}
         return {
             "parts": self.compiled,
             "seconds": round(self.seconds, 1),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -64,7 +65,7 @@ class HvpOracle:
     memory_budget
         Bytes for "auto"; half of the free memory by default.
     compile
-        Compile the products on kept graphs, from the second pass on.
+        Compile the products on kept graphs, once they have taken half a minute.
     recompute
         Which blocks of the model are computed again instead of being kept, see `planning.py`.
     compute_dtype
@@ -595,15 +596,17 @@ class HvpOracle:
                 allow_unused=True,
             )
 
+        compiler = self._compiler if of is None and graph.kept and not graph.tried else None
+        start = time.perf_counter()
         with self._differentiating(graph.part):
             if graph.kept and of is None and not graph.silent:
                 terms, python = runs_python(lambda: differentiate(vectors))
                 graph.silent = not python
             else:
                 terms = differentiate(vectors)
-        if of is None and self._compiler is not None and graph.kept and not graph.tried:
+        if compiler is not None and compiler.due(time.perf_counter() - start):
             graph.tried = True
-            graph.product = self._compiler.compile(differentiate, vectors)
+            graph.product = compiler.compile(differentiate, vectors)
         return terms
 
     def _require_dependence(self, depends: bool) -> None:

@@ -39,6 +39,11 @@ def inductor():
         importlib.import_module("torch._inductor.compile_fx")
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(compiled, "_PATIENCE", 0.0)
+
+
 @pytest.fixture
 def compiled_is_faster(monkeypatch):
     """What is faster depends on the machine; here it is always the compiled product."""
@@ -203,6 +208,22 @@ def test_results_say_what_was_compiled(no_compiler):
     operator = HessianOperator(tanh_mlp(), LOSS, batches(), compile=True)
     found = analyze(operator, k=2, steps=5, probes=2)
     assert found.eigenpairs.provenance["operator"]["compiled"]["parts"] == 2
+
+
+def test_short_runs_do_not_compile_and_say_so(no_compiler, monkeypatch):
+    monkeypatch.setattr(compiled, "_PATIENCE", 30.0)
+    operator = HessianOperator(tanh_mlp(), LOSS, batches(), compile=True)
+    for _ in range(3):
+        operator @ vector(operator)
+    said = operator.describe()["compiled"]
+    assert (said["parts"], said["seconds"]) == (0, 0.0)
+    assert "compiling begins after 30 s of them" in said["waits"]
+    # Two passes over two batches on kept graphs have taken something.
+    assert 0 < operator._oracle._compiler._waited < 30
+    monkeypatch.setattr(compiled, "_PATIENCE", operator._oracle._compiler._waited)
+    operator @ vector(operator)
+    assert operator.describe()["compiled"]["parts"] == 2
+    assert "waits" not in operator.describe()["compiled"]
 
 
 def test_compiling_what_is_not_kept_is_refused():
