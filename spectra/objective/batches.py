@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from spectra.errors import ArgumentTypeError, DataError, SpectraError
-from spectra.objective.keeping import random_state_kept
+from spectra.objective.keeping import random_state_kept, versions
 from spectra.objective.memory import free_bytes, memory_ran_out
 
 __all__ = [
+    "Moved",
     "batches_of",
     "held_in_memory",
     "leading_dimension",
@@ -147,12 +148,50 @@ def tensors_of(batch: Any) -> list[Tensor]:
     return tensors
 
 
+class Moved:
+    """Copies of tensors on a device, kept from pass to pass, an eighth of the free memory at most.
+
+    For data that stay at hand. A copy serves as long as neither it nor its original changes.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[Tensor, Tensor, Any]] = {}
+        self._room: int | None = None
+
+    def take(self, tensor: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `move` makes of a tensor, now or before."""
+        original, copy, state = self._copies.get(id(tensor), (None, tensor, None))
+        if original is tensor and versions([tensor, copy]) == state:
+            return copy
+        copy = move(tensor)
+        if copy is tensor:
+            return copy
+        if self._room is None:
+            self._room = free_bytes(copy.device) // 8
+        size = copy.numel() * copy.element_size()
+        if original is tensor:
+            # It takes the place of one of the same size.
+            size = 0
+        if size <= self._room:
+            self._room -= size
+            self._copies[id(tensor)] = (tensor, copy, versions([tensor, copy]))
+        return copy
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._copies, self._room = {}, None
+
+
 def to_device(
-    batch: Any, label: str, device: torch.device, dtype: torch.dtype | None = None
+    batch: Any,
+    label: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    known: Moved | None = None,
 ) -> Any:
     """The batch with its tensors on a device, ready to be differentiated through.
 
-    Floating ones in `dtype` at least, if it is given.
+    Floating ones in `dtype` at least, if it is given. Copies that are `known` are used again.
 
     Raises
     ------
@@ -160,7 +199,7 @@ def to_device(
         A tensor has no numbers, or a history.
     """
 
-    def moved(tensor: Tensor) -> Tensor:
+    def checked(tensor: Tensor) -> Tensor:
         if tensor.device.type == "meta" and device.type != "meta":
             msg = f"{label} holds a tensor on the meta device, without numbers; load the data first"
             raise DataError(msg)
@@ -173,13 +212,16 @@ def to_device(
                 "parameters belongs into the loss"
             )
             raise DataError(msg)
+        return move(tensor) if known is None else known.take(tensor, move)
+
+    def move(tensor: Tensor) -> Tensor:
         # A tensor made under inference_mode cannot enter a graph; its clone can.
         tensor = (tensor.clone() if tensor.is_inference() else tensor).to(device)
         if dtype is None or not tensor.is_floating_point():
             return tensor
         return tensor.to(torch.promote_types(tensor.dtype, dtype))
 
-    return map_tensors(batch, moved)
+    return map_tensors(batch, checked)
 
 
 def leading_dimension(batch: Any, label: str) -> int:

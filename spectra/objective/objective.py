@@ -178,6 +178,10 @@ class Objective(Protocol):
         """The loss of the first batch, and the mean and the sum of those of its halves."""
         ...
 
+    def release(self) -> None:
+        """Give back memory that only saves time."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Where the objective comes from, for the provenance of results."""
         ...
@@ -286,6 +290,9 @@ class FunctionObjective:
 
     def halves(self) -> None:
         """There is one part, which cannot be split."""
+
+    def release(self) -> None:
+        """There are no data."""
 
     def copies(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """None: every process has all of the tensors."""
@@ -437,7 +444,8 @@ class ModelObjective:
         for index, batch in self._numbered_batches():
             count += 1
             label = f"batch {index}"
-            moved = to_device(batch, label, self.space.device, self._compute_dtype)
+            copies = self._reader.moved
+            moved = to_device(batch, label, self.space.device, self._compute_dtype, copies)
             if self.microbatch is not None and not self._split_checked:
                 self._check_split(moved, label)
             for place, piece in enumerate(self._split(moved, label)):
@@ -618,6 +626,11 @@ class ModelObjective:
             "compute_dtype": str(self._compute_dtype),
             "linearised": str(self._linearised),
         }
+
+    def release(self) -> None:
+        """Give back the copies of data on another device."""
+        if self._reader.moved is not None:
+            self._reader.moved.release()
 
     def describe(self) -> dict[str, Any]:
         """The model, loss and data by name and size; under "notes" what is to be known of them."""

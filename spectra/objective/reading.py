@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from spectra.objective.batches import batches_of
+from spectra.objective.batches import Moved, batches_of
 from spectra.objective.keeping import (
     global_random_states,
     random_states,
@@ -43,6 +43,9 @@ class Reader:
     ahead
         Whether the next batch is read in a thread of its own; None while no pass was read to its
         end.
+    moved
+        Copies on another device, of data that stay at hand; None for others, whose tensors are new
+        ones in every pass.
     """
 
     def __init__(self, data: Iterable[Any]) -> None:
@@ -50,6 +53,7 @@ class Reader:
         at_hand = isinstance(data, list | tuple)
         # Processes of a loader's own are ahead already.
         with_workers = bool(getattr(data, "num_workers", 0))
+        self.moved = Moved() if at_hand else None
         self.ahead: bool | None = False if at_hand or with_workers else None
 
     def batches(self) -> Iterator[Any]:

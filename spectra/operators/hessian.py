@@ -82,8 +82,8 @@ class HessianOperator(SymmetricOperator):
         by default both are off during products.
     compile
         Compile the products on kept graphs, which takes a minute or more and pays after hundreds of
-        products: it begins once they have taken half a minute. Where that fails, is wrong, or is no faster, they stay as they are, and
-        `describe()` says why.
+        products: it begins once they have taken half a minute. Where that fails, is wrong, or is
+        no faster, they stay as they are, and `describe()` says why.
     microbatch
         Split batches into this many samples to bound memory. Does not change the Hessian.
     hold_data

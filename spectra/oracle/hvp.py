@@ -401,6 +401,7 @@ class HvpOracle:
         with _ONE_AT_A_TIME:
             self._graphs.release(forget=forget)
             self._values.forget()
+            self.objective.release()
 
     def describe(self) -> dict[str, Any]:
         """What was chosen to be kept and computed again, for the provenance of results."""

@@ -18,6 +18,7 @@ from spectra.errors import (
     ParameterSelectionError,
     StochasticModelError,
 )
+from spectra.objective import batches as reading_batches
 from spectra.objective.losses import supervised
 from spectra.objective.objective import ModelObjective
 from tests.cases.networks import dense_hessian, tanh_mlp, wine
@@ -893,3 +894,73 @@ def test_two_parameters_on_one_memory_are_refused():
     model[1].weight = nn.Parameter(model[0].weight.data)
     with pytest.raises(ParameterSelectionError, match=r"'0\.weight' and '1\.weight' are two"):
         HessianOperator(model, LOSS, batches())
+
+
+# --- data on another device, or in another dtype -------------------------------------------------
+
+
+def addresses(data, **options):
+    """Where the inputs of each batch are, pass by pass; the operator; its products."""
+    places = []
+
+    def loss(model, batch):
+        places.append(batch[0].data_ptr())
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    model = tanh_mlp(dtype=torch.float32)
+    H = HessianOperator(model, loss, data, graph="fresh", compute_dtype=torch.float64, **options)
+    return places, H
+
+
+def test_batches_at_hand_are_converted_once():
+    x, y = wine(torch.float32)
+    places, H = addresses([(x[:90], y[:90]), (x[90:], y[90:])])
+    v = torch.ones(H.shape[0], dtype=H.space.dtype)
+    first, second = H.apply(v), H.apply(v)
+    assert len(set(places)) == 2
+    assert torch.equal(first, second)
+    H.release()
+    assert torch.equal(H.apply(v), first)
+
+
+def test_copies_of_batches_that_change_are_made_again():
+    x, y = (t.clone() for t in wine(torch.float32))
+    data = [(x, y)]
+    _, H = addresses(data)
+    v = torch.ones(H.shape[0], dtype=H.space.dtype)
+    before = H.apply(v)
+    x.mul_(2.0)
+    after = H.apply(v)
+    assert not torch.allclose(after, before)
+    data[0] = (x.clone(), y)
+    assert torch.equal(H.apply(v), after)
+    _, other = addresses(data)
+    other.objective.model.load_state_dict(H.objective.model.state_dict())
+    assert torch.equal(other.apply(v), after)
+
+
+def test_a_copy_that_the_loss_changes_is_not_used_again():
+    x, y = wine(torch.float32)
+
+    def loss(model, batch):
+        inputs = batch[0]
+        output = torch.nn.functional.cross_entropy(model(inputs.clone()), batch[1])
+        inputs.mul_(2.0)
+        return output
+
+    model = tanh_mlp(dtype=torch.float32)
+    H = HessianOperator(model, loss, [(x, y)], graph="fresh", compute_dtype=torch.float64)
+    v = torch.ones(H.shape[0], dtype=H.space.dtype)
+    assert torch.equal(H.apply(v), H.apply(v))
+
+
+def test_copies_take_an_eighth_of_the_free_memory_at_most(monkeypatch):
+    x, y = wine(torch.float32)
+    # Room for the first of two batches.
+    monkeypatch.setattr(reading_batches, "free_bytes", lambda device: 8 * 90 * x.shape[1] * 8)
+    places, H = addresses([(x[:90], y[:90]), (x[:90].clone(), y[:90])])
+    v = torch.ones(H.shape[0], dtype=H.space.dtype)
+    results = [H.apply(v) for _ in range(3)]
+    assert places[0] == places[2] == places[4]
+    assert len(H.objective._reader.moved._copies) == 1
+    assert all(torch.equal(results[0], other) for other in results)
