@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from spectra.objective.keeping import modules_of
+
 __all__ = ["discontinuous_modules", "stochastic_modules"]
 
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)
@@ -15,29 +17,32 @@ _INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
 
 def stochastic_modules(model: nn.Module) -> list[tuple[str, str, bool]]:
     """Modules in a mode that makes the loss random or batch-dependent: name, why, statistics?"""
-    found: list[tuple[str, str, bool]] = []
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, _BATCH_NORMS):
-            if module.training:
-                found.append((name, f"({kind}) is in training mode: batch statistics", True))
-            elif module.running_mean is None:
-                why = f"({kind}) keeps no running statistics: batch statistics"
-                found.append((name, why, True))
-        elif not module.training:
-            continue
-        elif (rate := _drop_rate(module)) > 0:
-            why = f"({kind}) is in training mode: it drops at random, p={rate}"
-            found.append((name, why, False))
-        elif isinstance(module, nn.RReLU):
-            found.append((name, f"({kind}) is in training mode: random slopes", False))
-        elif isinstance(module, _INSTANCE_NORMS) and module.track_running_stats:
-            why = f"({kind}) is in training mode: it changes its statistics"
-            found.append((name, why, False))
-        elif _iterates_spectral_norm(module):
-            why = f"({kind}) is in training mode: every call takes a step to its spectral norm"
-            found.append((name, why, False))
-    return found
+    if not any(_why_stochastic(module) for module in modules_of(model)):
+        return []
+    found = [(name, _why_stochastic(module)) for name, module in model.named_modules()]
+    return [(name, *why) for name, why in found if why is not None]
+
+
+def _why_stochastic(module: nn.Module) -> tuple[str, bool] | None:
+    """Why a module makes the loss random or batch-dependent, if it does; by statistics?"""
+    kind = type(module).__name__
+    if isinstance(module, _BATCH_NORMS):
+        if module.training:
+            return f"({kind}) is in training mode: batch statistics", True
+        if module.running_mean is None:
+            return f"({kind}) keeps no running statistics: batch statistics", True
+        return None
+    if not module.training:
+        return None
+    if (rate := _drop_rate(module)) > 0:
+        return f"({kind}) is in training mode: it drops at random, p={rate}", False
+    if isinstance(module, nn.RReLU):
+        return f"({kind}) is in training mode: random slopes", False
+    if isinstance(module, _INSTANCE_NORMS) and module.track_running_stats:
+        return f"({kind}) is in training mode: it changes its statistics", False
+    if _iterates_spectral_norm(module):
+        return f"({kind}) is in training mode: every call takes a step to its spectral norm", False
+    return None
 
 
 def discontinuous_modules(model: nn.Module) -> list[tuple[str, str]]:

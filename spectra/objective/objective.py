@@ -48,6 +48,7 @@ from spectra.objective.keeping import (
     gradients_put_aside,
     hooks_of_engine_off,
     moved,
+    parameters_of,
     random_draws_refused,
     random_state_kept,
     requiring_grad,
@@ -520,7 +521,8 @@ class ModelObjective:
         self._check_mode()
         if self.sharding is not None:
             self._put_apart()
-        before = _counted(self.model.parameters())
+        parameters = parameters_of(self.model)
+        before = _counted(parameters)
         batches = _counted(self._batches_at_hand())
         with (
             gradients_on(),
@@ -541,9 +543,9 @@ class ModelObjective:
                 "the next pass would read other numbers; let it work on a copy"
             )
             raise LossError(msg)
-        after = _counted(self.model.parameters())
-        for (name, _), was, now in zip(self.model.named_parameters(), before, after, strict=True):
+        for parameter, was, now in zip(parameters, before, _counted(parameters), strict=True):
             if now != was:
+                name = next(n for n, p in self.model.named_parameters() if p is parameter)
                 msg = (
                     f"evaluating {self.function_name} changed parameter {name!r} in place (as a "
                     "clamp in forward() does, or an embedding with max_norm), so its derivatives "
