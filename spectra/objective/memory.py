@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "Peak",
     "SavedBytes",
+    "allocated_bytes",
     "free_bytes",
     "held_bytes",
     "in_words",
@@ -25,6 +26,11 @@ __all__ = [
 ]
 
 _CGROUP = Path("/sys/fs/cgroup")
+# The fields of glibc's `struct mallinfo2`.
+_MALLOC_INFO = (
+    *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+    *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -55,7 +61,7 @@ def _groups() -> list[Path]:
         if controllers == "" or "memory" in controllers.split(","):
             root = _CGROUP / "memory" if controllers else _CGROUP
             found.append(root / place.strip("/"))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _number(group: Path, *names: str) -> int | None:
@@ -73,16 +79,51 @@ def _cached_files(group: Path) -> int:
     return int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
 
 
-def held_bytes(device: torch.device) -> int:
-    """Bytes that this process holds now: PyTorch's on a GPU, resident ones on the CPU."""
+def held_bytes(device: torch.device, *, exactly: bool = True) -> int:
+    """Bytes that this process holds now: PyTorch's on a GPU, resident ones on the CPU.
+
+    Not `exactly` counts what was freed and not returned to the system, too. To return it takes as
+    long as the product of a small network, and the next use of it is slower.
+    """
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    return_freed_memory(device)
+    if exactly:
+        return_freed_memory(device)
     lines = _lines(Path("/proc/self/statm"))
     if lines:
         return int(lines[0].split()[1]) * os.sysconf("SC_PAGE_SIZE")
     # Systems without that file tell the peak, which grows with whatever does not fit in it.
     return peak_bytes(device)
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """Bytes in use, whether freshly got from the system or not; only differences mean anything."""
+    if device.type == "cpu" and _counts_allocations():
+        info = _c_library().mallinfo2()
+        return int(info.uordblks + info.hblkhd)
+    return held_bytes(device)
+
+
+class _MallocInfo(ctypes.Structure):
+    """What glibc knows of its heap: bytes in use, in arenas and in mappings of their own."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in _MALLOC_INFO]
+
+
+@functools.cache
+def _counts_allocations() -> bool:
+    """Whether the C library is one that counts, and the one that PyTorch allocates with."""
+    try:
+        function = _c_library().mallinfo2
+    except (AttributeError, OSError):
+        return False
+    function.restype = _MallocInfo
+    size = 1 << 20
+    before = function()
+    tensor = torch.empty(size, dtype=torch.uint8, device="cpu")
+    after = function()
+    grown = after.uordblks + after.hblkhd - before.uordblks - before.hblkhd
+    return bool(tensor.numel() <= grown <= 2 * size)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from spectra.errors import ArgumentError, ArgumentTypeError
-from spectra.objective.memory import free_bytes, held_bytes, peak_bytes, return_freed_memory
+from spectra.objective.memory import (
+    allocated_bytes,
+    free_bytes,
+    held_bytes,
+    peak_bytes,
+    return_freed_memory,
+)
 from spectra.objective.objective import Objective, Part
 from spectra.oracle.compiled import CompiledProduct
 
@@ -190,23 +196,27 @@ class _Room:
     def __init__(self, device: torch.device, budget: int | None) -> None:
         self._device = device
         self._budget = free_bytes(device) // 2 if budget is None else budget
-        self._start = held_bytes(device)
-        self._held = self._peak = 0
+        # A budget that was given is for what the process takes of the system. Without one, memory
+        # that it has and does not use is as good as free.
+        self._exactly = budget is not None
+        self._start = self._taken()
+        self._held = self._peak = self._before = 0
         # What the largest graph and the work on it took at most.
         self._most = 0
         self.used = 0
 
     def start_one(self) -> None:
         """Another graph is about to be built."""
-        self._held, self._peak = held_bytes(self._device), peak_bytes(self._device)
+        self._held = held_bytes(self._device, exactly=self._exactly)
+        self._peak, self._before = peak_bytes(self._device), self._taken()
 
     def takes_one(self) -> bool:
         """Whether the graph just used fits, with room for another one and the work on it."""
-        held, peak = held_bytes(self._device), peak_bytes(self._device)
+        taken, peak = self._taken(), peak_bytes(self._device)
         # Without a new peak of the process it is not known; this is what networks take.
-        work = peak - self._held if peak > self._peak else 3 * (held - self._held)
+        work = peak - self._held if peak > self._peak else 3 * (taken - self._before)
         self._most = max(self._most, work)
-        used = self.growth()
+        used = max(0, taken - self._start)
         if used + self._most >= self._budget:
             return False
         self.used = used
@@ -214,7 +224,10 @@ class _Room:
 
     def growth(self) -> int:
         """By how much the process has grown since the pass began."""
-        return max(0, held_bytes(self._device) - self._start)
+        return max(0, self._taken() - self._start)
+
+    def _taken(self) -> int:
+        return held_bytes(self._device) if self._exactly else allocated_bytes(self._device)
 
 
 def _check(policy: Any, memory_budget: Any) -> None:

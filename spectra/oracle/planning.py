@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spectra.errors import DataError, SpectraError
 from spectra.objective.batches import leading_dimension
-from spectra.objective.memory import free_bytes, held_bytes, in_words
+from spectra.objective.memory import allocated_bytes, free_bytes, in_words
 from spectra.objective.objective import Objective, Part
 from spectra.oracle.casting import Casting
 from spectra.oracle.recompute import Site, UnsuitableSegmentError, refuse_escaped
@@ -175,10 +175,10 @@ class Plan:
         device = self._objective.space.device
         budget = free_bytes(device) // 2 if self._budget is None else self._budget
         fixed = self._bytes_of_vectors()
-        begun, recomputed = held_bytes(device), self.recomputes
+        begun, recomputed = allocated_bytes(device), self.recomputes
 
         def needed() -> int:
-            grown = max(0, held_bytes(device) - begun)
+            grown = max(0, allocated_bytes(device) - begun)
             if not self.recomputes:
                 return fixed + _WORK * grown
             measured = [pair for site in self._sites.values() for pair in site.measured or ()]
