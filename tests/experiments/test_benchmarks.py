@@ -1,13 +1,15 @@
 """The benchmark runs, says which packages are absent, and judges answers by what they are."""
 
+import importlib
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 from experiments.benchmarks import __main__ as program
-from experiments.benchmarks import answers, peers, tables, timing
+from experiments.benchmarks import answers, compiling, peers, profile, tables, timing
 from experiments.benchmarks.workloads import TINY
 
 PEERS = {"curvlinops", "hessian-eigenthings", "PyHessian", "landscaper", "BackPACK"}
@@ -88,3 +90,55 @@ def test_distance_of_two_measures():
     exact = np.array([0.0, 0.0, 0.0, 4.0])
     assert answers.distance((np.array([0.0, 4.0]), np.array([0.75, 0.25])), exact) == 0
     assert answers.distance((np.array([1.0]), np.array([1.0])), exact) == pytest.approx(1.5)
+
+
+def test_a_profile_adds_up_and_leaves_everything_as_it_was(workload):
+    before = peers.spectra.HessianOperator._checked_products
+    records = profile.answers(workload, rounds=1)
+    assert [record["what"] for record in records] == ["top 10", "analysis"]
+    for record in records:
+        shares = [record[key][0] for key in ("autograd", "around", "outside")]
+        assert sum(shares) == pytest.approx(1)
+        assert all(share > 0 for share in shares)
+        assert record["products"][0] > 10
+    assert peers.spectra.HessianOperator._checked_products is before
+    text = tables.profiles({"parts": [part("tiny", "profile", records)]})
+    assert "| top 10, tiny |" in text
+
+
+def test_what_compiling_says_is_taken_over(monkeypatch, workload):
+    with warnings.catch_warnings():
+        # Importing it warns of PyTorch's own deprecations.
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._inductor.compile_fx")
+    # Without the half minute that it waits, and a compiler.
+    monkeypatch.setattr("spectra.oracle.compiled._PATIENCE", 0.0)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs: module)
+    h, said = compiling.compiled(workload)
+    assert said["parts"] + len(said.get("refused", [])) >= 1
+    v = workload.vector(0)
+    torch.testing.assert_close(h @ v, peers.plain_fresh(workload).hvp(v))
+
+
+def part(workload, task, records):
+    return {"workload": workload, "task": task, "records": records}
+
+
+def test_the_fastest_other_package_is_an_accurate_one():
+    records = [
+        {"contestant": "spectra", "gradients": [4.0, 5.0, 6.0]},
+        {"contestant": "wrong", "gradients": [1.0], "failure": "residual 1e-1"},
+        {"contestant": "slow", "gradients": [20.0]},
+        {"contestant": "quick", "gradients": [10.0]},
+    ]
+    text = tables.fastest({"parts": [part("cnn", "top 10 of many", records)]})
+    assert "| Top 10, many batches | CNN | quick | 0.50 |" in text
+    assert tables.fastest({"parts": [part("cnn", "top 10", records[:2])]}) == ""
+
+
+def test_results_of_several_processes_are_one_page():
+    first = {"machine": 1, "seconds": 5, "parts": [part("cnn", "top 1", [])]}
+    second = {"machine": 1, "seconds": 9, "parts": [part("gpt", "top 1", [])]}
+    joined = tables.joined([first, second])
+    assert [p["workload"] for p in joined["parts"]] == ["cnn", "gpt"]
+    assert joined["seconds"] == 9
