@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from experiments.benchmarks.peers import CONTESTANTS, gradient, plain_retained
 from experiments.benchmarks.timing import opened, quiet, seconds, settle, times_until_readable
 from experiments.benchmarks.workloads import Workload
 from spectra.operators.base import SymmetricOperator
-from spectra.oracle.hvp import HvpOracle
+from spectra.oracle.planning import Plan
 
-# What builds and what differentiates graphs, and the door through which all products go.
-_AUTOGRAD = [(HvpOracle, "_second_derivative"), (HvpOracle, "_gradient_graph")]
-_PRODUCTS = [(SymmetricOperator, "_checked_products")]
+# Forward and backward passes, and the door through which all products go.
+_AUTOGRAD: list[tuple[Any, str]] = [(Plan, "loss"), (torch.autograd, "grad")]
+_PRODUCTS: list[tuple[Any, str]] = [(SymmetricOperator, "_checked_products")]
 
 
 def answers(w: Workload, rounds: int) -> list[dict[str, Any]]:
@@ -67,25 +69,25 @@ def plain_product(w: Workload, repeats: int) -> float:
 
 
 @contextlib.contextmanager
-def clocks(functions: list[tuple[type, str]]) -> Iterator[list[float]]:
-    """Within it the seconds of every call of some methods are noted."""
+def clocks(functions: list[tuple[Any, str]]) -> Iterator[list[float]]:
+    """Within it the seconds of every call of some functions are noted."""
     noted: list[float] = []
-    originals = [(kind, name, getattr(kind, name)) for kind, name in functions]
+    originals = [(place, name, getattr(place, name)) for place, name in functions]
 
-    def clocked(method: Callable[..., Any]) -> Callable[..., Any]:
+    def clocked(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             start = time.perf_counter()
             try:
-                return method(*args, **options)
+                return function(*args, **options)
             finally:
                 noted.append(time.perf_counter() - start)
 
         return call
 
     try:
-        for kind, name, method in originals:
-            setattr(kind, name, clocked(method))
+        for place, name, function in originals:
+            setattr(place, name, clocked(function))
         yield noted
     finally:
-        for kind, name, method in originals:
-            setattr(kind, name, method)
+        for place, name, function in originals:
+            setattr(place, name, function)
