@@ -199,7 +199,9 @@ def set_random_states(states: tuple[Any, ...]) -> None:
 
 def global_random_states() -> tuple[Any, ...]:
     """The states of the generators that all threads share, to be compared."""
-    return torch.get_rng_state().numpy().tobytes(), *_states_beside_torch()
+    generators = (torch.default_generator, *torch.cuda.default_generators)
+    states = (generator.get_state().numpy().tobytes() for generator in generators)
+    return *states, *_states_beside_torch()
 
 
 @contextlib.contextmanager

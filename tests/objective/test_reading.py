@@ -1,11 +1,15 @@
+import contextlib
 import random
 import sqlite3
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from spectra import HessianOperator
@@ -56,12 +60,12 @@ def left():
 
 
 @pytest.mark.usefixtures("_always_slow")
-def test_the_next_batch_is_read_in_a_thread_after_the_first_pass():
+def test_the_next_batch_is_read_in_a_thread_after_two_passes():
     data = Batches()
     H, products = passes(data)
     count = len(data.batches)
-    assert set(data.threads[: count + 1]) == {MAIN}
-    assert MAIN not in data.threads[count + 1 : 2 * count]
+    assert set(data.threads[: 2 * count + 1]) == {MAIN}
+    assert MAIN not in data.threads[2 * count + 1 : 3 * count]
     assert H.describe()["data_read"] == "ahead, in a thread"
     _, (expected, *_) = passes(data.batches)
     for product in products:
@@ -80,7 +84,7 @@ def test_shuffled_loaders_give_the_same_batches_ahead(own):
             TensorDataset(x, y), 30, shuffle=True, drop_last=True, generator=generator
         )
 
-    H, products = passes(loader())
+    H, products = passes(loader(), 4)
     assert "data_read" in H.describe()
     H._oracle.objective._reader.ahead = False
     v = torch.ones(H.shape[0], dtype=torch.float64)
@@ -177,7 +181,7 @@ def test_an_error_of_the_loader_comes_in_its_turn_with_its_number():
             raise OSError("the disk is gone")
 
     data = Batches(fail=fail)
-    H, _ = passes(data, 2)
+    H, _ = passes(data)
     broken.append(True)
     v = torch.ones(H.shape[0], dtype=torch.float64)
     with pytest.raises(DataError, match="reading batch 3 of the data raised OSError: the disk"):
@@ -194,7 +198,7 @@ def test_the_thread_ends_where_a_pass_is_given_up():
 
     def loss(model, batch):
         seen.append(1)
-        if len(seen) == 2 * 6 + 2:
+        if len(seen) == 3 * 6 + 2:
             raise KeyboardInterrupt
         return LOSS(model, batch)
 
@@ -202,11 +206,12 @@ def test_the_thread_ends_where_a_pass_is_given_up():
     assert len(data.batches) == 6
     H = HessianOperator(tanh_mlp(), loss, data, graph="fresh")
     v = torch.ones(H.shape[0], dtype=torch.float64)
-    first, second = H.apply(v), H.apply(v)
+    first, second, third = (H.apply(v) for _ in range(3))
     with pytest.raises(KeyboardInterrupt):
         H.apply(v)
     assert not left()
     assert torch.equal(first, second)
+    assert torch.equal(first, third)
     assert torch.equal(H.apply(v), first)
 
 
@@ -221,7 +226,168 @@ def test_batches_are_made_on_the_default_device_of_the_caller():
                 yield batch
 
     reader = Reader(Made())
-    list(reader.batches())
+    for _ in range(2):
+        list(reader.batches())
     with torch.device("meta"):
         list(reader.batches())
-    assert {device for ident, device in devices[7:] if ident != MAIN} == {"meta"}
+    assert {device for ident, device in devices if ident != MAIN} == {"meta"}
+
+
+@contextlib.contextmanager
+def torch_seeded(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def numpy_seeded(seed):
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    yield
+    np.random.set_state(state)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def python_seeded(seed):
+    state = random.getstate()
+    random.seed(seed)
+    yield
+    random.setstate(state)
+
+
+@pytest.mark.usefixtures("_always_slow")
+@pytest.mark.parametrize("seeded", [torch_seeded, numpy_seeded, python_seeded])
+def test_loaders_that_seed_a_global_generator_and_put_it_back_are_read_in_turn(seeded):
+    draws = {
+        torch_seeded: lambda: float(torch.rand(())),
+        numpy_seeded: np.random.rand,
+        python_seeded: random.random,
+    }
+
+    def draw():
+        with seeded(7):
+            return 0.01 * draws[seeded]()
+
+    data = Batches(draw)
+    functions = np.random.seed, np.random.set_state
+    H, products = passes(data, 4)
+    assert H._oracle.objective._reader.ahead is False
+    assert set(data.threads) == {MAIN}
+    for product in products:
+        assert torch.equal(product, products[0])
+    assert (np.random.seed, np.random.set_state) == functions
+    assert sys.getprofile() is None
+
+
+@pytest.mark.usefixtures("_always_slow")
+def test_generators_of_the_loaders_own_do_not_keep_it_from_being_read_ahead():
+    def draw():
+        own = torch.Generator().manual_seed(1)
+        return float(torch.rand((), generator=own)) + random.Random(1).random()
+
+    reader = Reader(Batches(draw))
+    for _ in range(2):
+        list(reader.batches())
+    assert reader.ahead is True
+
+
+@pytest.mark.usefixtures("_always_slow")
+def test_a_profiler_of_the_callers_is_left_in_place_and_the_decision_waits():
+    def profile(*_):
+        pass
+
+    reader = Reader(Batches())
+    list(reader.batches())
+    sys.setprofile(profile)
+    try:
+        list(reader.batches())
+        assert sys.getprofile() is profile
+    finally:
+        sys.setprofile(None)
+    assert reader.ahead is None
+    list(reader.batches())
+    assert reader.ahead is True
+
+
+class Encoded(Batches):
+    """Batches that a network has made, in the settings that surround their reading."""
+
+    def __iter__(self):
+        torch.manual_seed(1)
+        encoder = nn.Linear(self.batches[0][0].shape[1], 4)
+        for x, y in super().__iter__():
+            yield encoder(x.float()), y
+
+
+@pytest.mark.usefixtures("_always_slow")
+@pytest.mark.parametrize("enabled", [False, True])
+def test_batches_are_made_with_gradients_where_the_caller_has_them(enabled):
+    data = Encoded()
+    reader = Reader(data)
+    with torch.set_grad_enabled(enabled):
+        for _ in range(2):
+            list(reader.batches())
+        batches = list(reader.batches())
+    assert set(data.threads) != {MAIN}
+    assert {x.requires_grad for x, _ in batches} == {enabled}
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Dispatching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("_always_slow")
+@pytest.mark.parametrize(
+    "surrounding",
+    [lambda: torch.autocast("cpu", dtype=torch.bfloat16), Watching, Dispatching],
+)
+def test_within_settings_that_a_thread_cannot_have_batches_are_read_in_turn(surrounding):
+    data = Encoded()
+    reader = Reader(data)
+    for _ in range(2):
+        list(reader.batches())
+    assert reader.ahead is True
+    with surrounding():
+        expected = [x for x, _ in Encoded()]
+        batches = list(reader.batches())
+    assert set(data.threads) == {MAIN}
+    for (x, _), other in zip(batches, expected, strict=True):
+        assert torch.equal(x, other)
+    list(reader.batches())
+    assert set(data.threads) != {MAIN}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.usefixtures("_always_slow")
+def test_loaders_that_draw_on_the_gpu_are_read_in_turn():
+    reader = Reader(Batches(lambda: float(torch.rand((), device="cuda"))))
+    for _ in range(2):
+        list(reader.batches())
+    assert reader.ahead is False
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.usefixtures("_always_slow")
+def test_batches_are_made_on_the_stream_of_the_caller():
+    torch.cuda.init()
+    streams = []
+
+    class Made(Batches):
+        def __iter__(self):
+            for batch in super().__iter__():
+                streams.append((threading.get_ident(), torch.cuda.current_stream()))
+                yield batch
+
+    reader, stream = Reader(Made()), torch.cuda.Stream()
+    for _ in range(2):
+        list(reader.batches())
+    with torch.cuda.stream(stream):
+        list(reader.batches())
+    assert {found for ident, found in streams if ident != MAIN} == {stream}
