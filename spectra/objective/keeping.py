@@ -158,14 +158,14 @@ def checksums(tensors: Iterable[Tensor]) -> bytes:
 
 def _sums(entries: Tensor) -> list[Tensor]:
     whole = entries.numel() // _PIECE * _PIECE
-    rest, weights = entries[whole:], _weights(entries.device)
+    rest, weights = entries[whole:], _weights(entries.dtype, entries.device)
     last = torch.dot(rest, weights[: rest.numel()]).reshape(1)
     return [torch.mv(entries[:whole].view(-1, _PIECE), weights), last] if whole else [last]
 
 
 @functools.cache
-def _weights(device: torch.device) -> Tensor:
-    return torch.arange(1.0, 1.0 + _PIECE, dtype=torch.float32, device=device)
+def _weights(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(1.0, 1.0 + _PIECE, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ class ParameterSpace(VectorSpace):
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat vector in the parameters' shapes, without copying."""
-        parts = flat.split(self.sizes)
+        parts = flat.split_with_sizes(self.sizes)
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def unflatten(self, flat: Tensor, params: Selection = None) -> dict[str, Tensor]:

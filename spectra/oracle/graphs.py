@@ -6,6 +6,7 @@ the forward and the backward pass of a part saved, so that memory decides how ma
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -26,6 +27,9 @@ from spectra.oracle.compiled import CompiledProduct
 __all__ = ["GradientGraph", "GraphPolicy", "Graphs"]
 
 GraphPolicy = Literal["auto", "retained", "fresh"]
+
+# Bytes that are there wherever Python is.
+_NEGLIGIBLE = 1 << 25
 
 
 class GradientGraph:
@@ -195,7 +199,7 @@ class _Room:
 
     def __init__(self, device: torch.device, budget: int | None) -> None:
         self._device = device
-        self._budget = free_bytes(device) // 2 if budget is None else budget
+        self._given = budget
         # A budget that was given is for what the process takes of the system. Without one, memory
         # that it has and does not use is as good as free.
         self._exactly = budget is not None
@@ -217,7 +221,9 @@ class _Room:
         work = peak - self._held if peak > self._peak else 3 * (taken - self._before)
         self._most = max(self._most, work)
         used = max(0, taken - self._start)
-        if used + self._most >= self._budget:
+        needed = used + self._most
+        # Looking at what is free takes as long as the product of a small network.
+        if (self._exactly or needed >= _NEGLIGIBLE) and needed >= self._budget:
             return False
         self.used = used
         return True
@@ -225,6 +231,12 @@ class _Room:
     def growth(self) -> int:
         """By how much the process has grown since the pass began."""
         return max(0, self._taken() - self._start)
+
+    @functools.cached_property
+    def _budget(self) -> int:
+        if self._given is not None:
+            return self._given
+        return (free_bytes(self._device) + self.growth()) // 2
 
     def _taken(self) -> int:
         return held_bytes(self._device) if self._exactly else allocated_bytes(self._device)

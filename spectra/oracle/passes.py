@@ -99,6 +99,8 @@ class Values:
         self._objective = objective
         self._state: Any = None
         self._known: float | None = None
+        eps = max((torch.finfo(tensor.dtype).eps for tensor in objective.stored), default=0.0)
+        self._allowed = min(max(_ROUNDING * eps, _LEAST), _MOST)
 
     def forget(self) -> None:
         """Whatever changed, changed on purpose."""
@@ -116,9 +118,7 @@ class Values:
         if self._known is None or self._state != state:
             self._state, self._known = state, value
             return
-        tensors = self._objective.stored
-        eps = max((torch.finfo(tensor.dtype).eps for tensor in tensors), default=0.0)
-        allowed = min(max(_ROUNDING * eps, _LEAST), _MOST) * tally.size / normaliser
+        allowed = self._allowed * tally.size / normaliser
         if math.isfinite(value) and abs(value - self._known) > allowed:
             msg = (
                 f"{self._objective.function_name} was {self._known:.6g} over the data in an "

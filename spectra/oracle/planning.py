@@ -9,6 +9,7 @@ length of the parameters.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,6 +38,8 @@ __all__ = ["Plan", "PlanChangedError"]
 _WORK, _VECTORS = 6, 5
 # In units of the inputs of segments: they, their gradients, and what a product adds to both.
 _INPUTS = 4
+# Bytes that are there wherever Python is.
+_NEGLIGIBLE = 1 << 25
 
 
 class PlanChangedError(SpectraError):
@@ -173,7 +176,6 @@ class Plan:
 
     def _first_loss(self, part: Part) -> Tensor:
         device = self._objective.space.device
-        budget = free_bytes(device) // 2 if self._budget is None else self._budget
         fixed = self._bytes_of_vectors()
         begun, recomputed = allocated_bytes(device), self.recomputes
 
@@ -186,12 +188,20 @@ class Plan:
             work = max(0, grown - inputs) + max((saved for saved, _ in measured), default=0)
             return fixed + _INPUTS * inputs + _WORK * work
 
+        @functools.cache
+        def budget() -> int:
+            return free_bytes(device) // 2 if self._budget is None else self._budget
+
+        def too_much(taken: int) -> bool:
+            # Looking at what is free takes as long as the product of a small network.
+            return (self._budget is not None or taken > _NEGLIGIBLE) and taken > budget()
+
         def recompute_instead(taken: int) -> None:
-            if taken > budget and self._automatic and self._sites and not self.recomputes:
+            if not self.recomputes and self._automatic and self._sites and too_much(taken):
                 self.recomputes = True
                 self._reasons.append(
                     "without recomputing, the work on a batch would take more than the "
-                    f"{in_words(budget)} for it"
+                    f"{in_words(budget())} for it"
                 )
                 raise PlanChangedError
 
@@ -202,9 +212,9 @@ class Plan:
             raise PlanChangedError
         taken = needed()
         recompute_instead(taken)
-        if taken > budget and self._samples > 1:
+        if self._samples > 1 and too_much(taken):
             # Work below what the vectors take anyway would save nothing worth its time.
-            size = int(self._samples * max(fixed, budget - fixed) / max(taken - fixed, 1))
+            size = int(self._samples * max(fixed, budget() - fixed) / max(taken - fixed, 1))
             if size < self._samples:
                 self._split(max(1, size), f"a batch would take about {in_words(taken)}")
                 raise PlanChangedError
