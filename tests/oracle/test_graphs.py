@@ -132,7 +132,7 @@ def test_what_was_found_to_fit_is_kept_again_without_a_look_at_the_memory(monkey
     operator.release(forget=False)
     assert operator.describe()["graphs"]["retained"] == 0
 
-    def look(*_):
+    def look(*_, **__):
         msg = "looked at the memory"
         raise AssertionError(msg)
 
