@@ -147,18 +147,29 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deadline(limit: float) -> Iterator[None]:
-    """Raise `TooLong` in the midst of whatever runs; where the system has no alarm, never."""
+    """Raise `TooLong` in the midst of whatever runs; where the system has no alarm, never.
+
+    What runs may turn it into an error of its own, as TorchScript does.
+    """
     if not hasattr(signal, "setitimer") or threading.current_thread() != threading.main_thread():
         yield
         return
 
+    over: TooLong | None = None
+
     def stop(*_: object) -> None:
-        raise TooLong(f"more than {limit:g} s")
+        nonlocal over
+        over = TooLong(f"more than {limit:g} s")
+        raise over
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         yield
+    except Exception as error:
+        if over is not None and error is not over:
+            raise over from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)

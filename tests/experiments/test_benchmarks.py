@@ -142,3 +142,17 @@ def test_results_of_several_processes_are_one_page():
     joined = tables.joined([first, second])
     assert [p["workload"] for p in joined["parts"]] == ["cnn", "gpt"]
     assert joined["seconds"] == 9
+
+
+def test_a_time_limit_that_was_turned_into_another_error_is_one():
+    def turned():
+        try:
+            while True:
+                pass
+        except timing.TooLong as error:
+            raise RuntimeError("the interpreter failed") from error
+
+    with pytest.raises(timing.TooLong, match=r"more than 0\.01 s"), timing.deadline(0.01):
+        turned()
+    with pytest.raises(RuntimeError, match="its own"), timing.deadline(60.0):
+        raise RuntimeError("its own")
