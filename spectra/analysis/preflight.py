@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from spectra.algorithms import probes
@@ -22,6 +20,7 @@ from spectra.objective.memory import Peak, free_bytes, in_words
 from spectra.operators.base import SymmetricOperator, as_operator
 from spectra.operators.gauss_newton import GaussNewtonOperator
 from spectra.operators.hessian import HessianOperator
+from spectra.oracle.comparing import timed
 from spectra.results import Result, versions
 
 __all__ = ["Forecast", "Preflight", "check"]
@@ -41,8 +40,6 @@ _LINEARISED = (
     "the loss; check the HessianOperator of the same loss for wrong derivatives"
 )
 _SLOW = 1.0
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,13 +236,13 @@ class _FirstGradient:
         self.checksums = _checksums(operator)
         # Kept graphs give it away for nothing.
         warm = operator.matvecs > 0
-        seconds, found = _timed(operator.space.device, operator.value_and_gradient)
+        seconds, found = timed(operator.space.device, operator.value_and_gradient)
         seconds = operator.space.agreed(seconds)
         self.value, self.gradient = found
         self.gradients = 0 if warm else 1
         if not warm and seconds < _SLOW:
             # What a process does for the first time is not counted where it is most of it.
-            seconds, _ = _timed(operator.space.device, operator.value_and_gradient)
+            seconds, _ = timed(operator.space.device, operator.value_and_gradient)
             self.gradients += 1
         self.seconds = None if warm else seconds
 
@@ -262,8 +259,8 @@ class _FourProducts:
         u, v = probes.sphere(space, generator), probes.sphere(space, generator)
         peak = Peak(device)
         with peak:
-            self.first_seconds, hu = _timed(device, lambda: operator.apply(u))
-            self.seconds, hv = _timed(device, lambda: operator.apply(v))
+            self.first_seconds, hu = timed(device, lambda: operator.apply(u))
+            self.seconds, hv = timed(device, lambda: operator.apply(v))
         self.peak_bytes = peak.bytes
         self.v, self.hv = v, hv
         scale = max(space.norm(hu), space.norm(hv)) or 1.0
@@ -341,14 +338,6 @@ def _batch_order(operator: HessianOperator, gradient: Tensor, large: float) -> F
 def _checksums(operator: HessianOperator) -> dict[str, bytes]:
     tensors = zip(operator.space.names, operator.objective.stored, strict=True)
     return {name: checksums([tensor]) for name, tensor in tensors}
-
-
-def _timed(device: torch.device, product: Callable[[], T]) -> tuple[float, T]:
-    start = time.perf_counter()
-    result = product()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
 
 
 def _forecast(

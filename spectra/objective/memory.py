@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "NEGLIGIBLE",
     "Peak",
     "SavedBytes",
     "allocated_bytes",
@@ -24,6 +25,10 @@ __all__ = [
     "peak_bytes",
     "return_freed_memory",
 ]
+
+# Bytes that are there wherever Python is. To look at what is free takes as long as the product of a
+# small network, and is left out where no more than this is asked for.
+NEGLIGIBLE = 1 << 25
 
 _CGROUP = Path("/sys/fs/cgroup")
 # The fields of glibc's `struct mallinfo2`.

@@ -3,9 +3,9 @@
 `torch.compile` does not support double backward. But on a gradient's graph that is kept, the second
 backward pass is a fixed sequence of tensor operations, linear in the vector. It is traced once;
 whatever does not depend on the vector is computed once; the rest is compiled by inductor, which
-keeps its code on disk. Compiling takes a minute or more, so it pays after hundreds of products: it
-begins once products have taken half a minute, so that a short run does without it, and a long one
-loses little.
+keeps its code on disk. Compiling takes a minute or more, so it pays after hundreds of products, or
+thousands: it begins once products have taken half a minute, so that a short run does without it,
+and a long one loses little.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ import torch
 from torch import Tensor, fx
 
 from spectra.errors import SpectraError
+from spectra.oracle.comparing import Terms, difference, timed
 
 __all__ = ["CompiledProduct", "Compiler"]
 
-# Of single precision, as a multiple of its eps; compiled code adds in another order.
-_TOLERANCE = 1e3
 # Runs that are timed, after one that is not.
 _TIMED = 3
-# Of products on kept graphs, before anything is compiled: a small transformer takes 27 to 74 to be
+# Of products on kept graphs, before anything is compiled: a small transformer takes 26 to 99 to be
 # compiled, and a run that ends before it has taken as long would not have gained.
 _PATIENCE = 30.0
 
-_Eager = Callable[[tuple[Tensor, ...]], tuple[Tensor | None, ...]]
+_Eager = Callable[[tuple[Tensor, ...]], Terms]
 
 
 class _Refusal(Exception):
@@ -47,7 +46,7 @@ class CompiledProduct:
         self._outputs = outputs
         self._count = count
 
-    def __call__(self, vectors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    def __call__(self, vectors: tuple[Tensor, ...]) -> Terms:
         """The terms of all parameters, None where there is none."""
         with torch.no_grad():
             computed = self._run(*vectors, *self._constants)
@@ -220,15 +219,8 @@ class _Values(fx.Interpreter):
 
 def _saved_seconds(eager: _Eager, product: CompiledProduct, vectors: tuple[Tensor, ...]) -> float:
     """How much faster compiled code is; it is refused if it is wrong, or no faster."""
-    exact, found = eager(vectors), product(vectors)
-    eps = max(torch.finfo(v.dtype).eps for v in vectors)
-    square = difference = 0.0
-    for a, b in zip(exact, found, strict=True):
-        if a is not None and b is not None:
-            square += float(a.detach().double().square().sum())
-            difference += float((a.detach().double() - b.double()).square().sum())
-    if not difference <= (_TOLERANCE * eps) ** 2 * square:
-        msg = f"the compiled product is {(difference / square) ** 0.5:.2g} off"
+    if (off := difference(eager(vectors), product(vectors))) is not None:
+        msg = f"the compiled product is {off:.2g} off"
         raise _Refusal(msg)
     slow, fast = _seconds(eager, vectors), _seconds(product, vectors)
     if fast >= slow:
@@ -238,11 +230,4 @@ def _saved_seconds(eager: _Eager, product: CompiledProduct, vectors: tuple[Tenso
 
 
 def _seconds(function: _Eager, vectors: tuple[Tensor, ...]) -> float:
-    times = []
-    for _ in range(_TIMED):
-        start = time.perf_counter()
-        function(vectors)
-        if vectors[0].device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timed(vectors[0].device, lambda: function(vectors))[0] for _ in range(_TIMED))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectra.errors import ArgumentError, ArgumentTypeError
 from spectra.objective.memory import (
+    NEGLIGIBLE,
     allocated_bytes,
     free_bytes,
     held_bytes,
@@ -27,9 +28,6 @@ from spectra.oracle.compiled import CompiledProduct
 __all__ = ["GradientGraph", "GraphPolicy", "Graphs"]
 
 GraphPolicy = Literal["auto", "retained", "fresh"]
-
-# Bytes that are there wherever Python is.
-_NEGLIGIBLE = 1 << 25
 
 
 class GradientGraph:
@@ -222,8 +220,7 @@ class _Room:
         self._most = max(self._most, work)
         used = max(0, taken - self._start)
         needed = used + self._most
-        # Looking at what is free takes as long as the product of a small network.
-        if (self._exactly or needed >= _NEGLIGIBLE) and needed >= self._budget:
+        if (self._exactly or needed >= NEGLIGIBLE) and needed >= self._budget:
             return False
         self.used = used
         return True

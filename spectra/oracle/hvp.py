@@ -32,6 +32,7 @@ from spectra.objective.objective import Objective, Part
 from spectra.objective.parameters import ParameterSpace
 from spectra.oracle import diagnose
 from spectra.oracle.attention import Attention
+from spectra.oracle.comparing import Terms
 from spectra.oracle.compiled import Compiler
 from spectra.oracle.graphs import GradientGraph, GraphPolicy, Graphs
 from spectra.oracle.passes import Fingerprint, Tally, Values
@@ -40,7 +41,7 @@ from spectra.oracle.precision import autocast_off, full_float32
 from spectra.oracle.recompute import UnsuitableSegmentError
 from spectra.oracle.replaying import runs_python
 from spectra.oracle.segments import Recompute
-from spectra.oracle.together import Terms, Together
+from spectra.oracle.together import Together
 
 __all__ = ["BlockRequest", "HvpOracle", "Operation"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spectra.errors import DataError, SpectraError
 from spectra.objective.batches import leading_dimension
-from spectra.objective.memory import allocated_bytes, free_bytes, in_words
+from spectra.objective.memory import NEGLIGIBLE, allocated_bytes, free_bytes, in_words
 from spectra.objective.objective import Objective, Part
 from spectra.oracle.casting import Casting
 from spectra.oracle.recompute import Site, UnsuitableSegmentError, refuse_escaped
@@ -38,8 +38,6 @@ __all__ = ["Plan", "PlanChangedError"]
 _WORK, _VECTORS = 6, 5
 # In units of the inputs of segments: they, their gradients, and what a product adds to both.
 _INPUTS = 4
-# Bytes that are there wherever Python is.
-_NEGLIGIBLE = 1 << 25
 
 
 class PlanChangedError(SpectraError):
@@ -193,8 +191,7 @@ class Plan:
             return free_bytes(device) // 2 if self._budget is None else self._budget
 
         def too_much(taken: int) -> bool:
-            # Looking at what is free takes as long as the product of a small network.
-            return (self._budget is not None or taken > _NEGLIGIBLE) and taken > budget()
+            return (self._budget is not None or taken > NEGLIGIBLE) and taken > budget()
 
         def recompute_instead(taken: int) -> None:
             if not self.recomputes and self._automatic and self._sites and too_much(taken):

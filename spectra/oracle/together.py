@@ -9,20 +9,17 @@ products one by one, and kept if it is clearly faster.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from spectra.objective.memory import memory_ran_out
+from spectra.oracle.comparing import Terms, difference, timed
 
-__all__ = ["Terms", "Together"]
+__all__ = ["Together"]
 
-T = TypeVar("T")
-Terms = tuple[Tensor | None, ...]
 # Of one vector, and of rows of vectors: lists with one tensor for each parameter.
 _One = Callable[[Sequence[Tensor]], Terms]
 
@@ -32,8 +29,6 @@ _MOST = 8
 _SECONDS = 3.0
 # By which share of the time: less may be noise, and the other way needs less memory.
 _GAIN = 0.9
-# Of single precision, as a multiple of its eps: both ways add in another order.
-_TOLERANCE = 1e3
 
 
 class Together:
@@ -87,26 +82,27 @@ class Together:
     def _counted(self, one: _One, row: Sequence[Tensor]) -> Terms:
         if self.faster is not None:
             return one(row)
-        seconds, terms = _timed(row[0].device, lambda: one(row))
+        seconds, terms = timed(row[0].device, lambda: one(row))
         self._spent += seconds
         return terms
 
     def _tried(self, one: _One, many: _One, rows: Sequence[Sequence[Tensor]]) -> list[Terms]:
         device = rows[0][0].device
-        apart, terms = _timed(device, lambda: [one(row) for row in rows])
+        apart, terms = timed(device, lambda: [one(row) for row in rows])
         stacked = _stacked(rows)
         try:
             with warnings.catch_warnings():
                 # Of operations without a batched form, which run one by one inside: time tells.
                 warnings.simplefilter("ignore")
                 many(stacked)
-                together, batched = _timed(device, lambda: many(stacked))
+                together, batched = timed(device, lambda: many(stacked))
         except Exception as error:
             # Operations refuse in more ways than anyone lists; what is wrong in both ways of
             # multiplying was raised above.
             self.give_up("memory ran out together" if memory_ran_out(error) else _first(error))
             return terms
-        off = _difference(terms, _unstacked(batched, len(rows)))
+        rows_of = _unstacked(batched, len(rows))
+        off = difference([t for row in terms for t in row], [t for row in rows_of for t in row])
         took = f"{len(rows)} together took {together / apart:.2f} times as long"
         self._because = took if off is None else f"{len(rows)} together were {off:.2g} off"
         self.faster = off is None and together < _GAIN * apart
@@ -124,32 +120,6 @@ def _unstacked(terms: Terms, count: int) -> list[Terms]:
     return list(zip(*parts, strict=True))
 
 
-def _difference(apart: list[Terms], together: list[Terms]) -> float | None:
-    """By how much two ways differ, where that is more than rounding."""
-    square = difference = 0.0
-    eps = 0.0
-    for row, other in zip(apart, together, strict=True):
-        for a, b in zip(row, other, strict=True):
-            if a is None:
-                continue
-            eps = max(eps, torch.finfo(a.dtype).eps)
-            exact = a.detach().to_dense().double()
-            square += float(exact.square().sum())
-            if b is not None:
-                exact = exact - b.detach().double()
-            difference += float(exact.square().sum())
-    off = (difference / square) ** 0.5 if square > 0 else difference**0.5
-    return off if not off <= _TOLERANCE * eps else None
-
-
 def _first(error: Exception) -> str:
     line = next(iter(str(error).strip().splitlines()), "")
     return f"together {type(error).__name__}: {line}"[:120]
-
-
-def _timed(device: torch.device, work: Callable[[], T]) -> tuple[float, T]:
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result

@@ -93,6 +93,22 @@ def test_products_on_kept_graphs_of_an_ordinary_network_run_no_python_code():
     assert not silent(fresh)
 
 
+def test_silent_products_do_without_what_forward_passes_need(monkeypatch):
+    model = tanh_mlp()
+    operator = HessianOperator(model, LOSS, data())
+    first, *_ = products(operator)
+
+    def protect():
+        raise AssertionError("protected as a forward pass")
+
+    monkeypatch.setattr(operator.objective, "evaluating", protect)
+    assert torch.equal(products(operator, 1)[0], first)
+    # A hook of a parameter would act in the backward pass.
+    next(model.parameters()).register_hook(lambda gradient: gradient)
+    with pytest.raises(AssertionError, match="protected as a forward pass"):
+        products(operator, 1)
+
+
 @pytest.mark.parametrize("function", [lambda m, x: Cube.apply(x), hooked, again])
 def test_python_code_in_the_backward_pass_is_seen(function):
     model = Around(function)

@@ -112,6 +112,26 @@ def test_operations_without_a_batched_form_are_multiplied_one_by_one():
     assert "together RuntimeError" in several.describe()
 
 
+def test_the_faster_way_is_the_one_that_is_taken():
+    rows = [[torch.ones(2, dtype=torch.float64) * i] for i in range(11)]
+    taken = []
+    several = Together()
+
+    def one(row):
+        taken.append(1)
+        return (2 * row[0],)
+
+    def many(stacked):
+        taken.append(len(stacked[0]))
+        return (2 * stacked[0],)
+
+    for faster in (True, False):
+        several.faster = faster
+        found = list(several.multiply(one, many, rows))
+        assert [float(terms[0][0]) for terms in found] == [2.0 * i for i in range(11)]
+    assert taken == [8, 3, *[1] * 11]
+
+
 def test_a_wrong_batched_product_is_not_used():
     rows = [[torch.ones(2, dtype=torch.float64) * i] for i in range(3)]
     several = Together(patience=0.0)
