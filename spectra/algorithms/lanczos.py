@@ -115,13 +115,15 @@ class Krylov:
         self._dropped = np.zeros(0)
         # The last two vectors of the basis are neighbours: β couples them, and nothing else.
         self._neighbours = False
+        # Norm of the last product.
+        self._size = 0.0
         self._log = _Log(operator, complement_of)
         if start is None:
             self._rows[0] = probes.sphere(self.space, generator, complement_of)
         else:
             start = start.clone()
             if complement_of is not None:
-                probes.remove(self.space, start, complement_of)
+                self.space.remove(start, complement_of)
             self._rows[0] = start.div_(self.space.norm(start))
 
     @property
@@ -160,8 +162,6 @@ class Krylov:
         self.exhausted = norm <= max(10 * self.space.eps, _ROUNDING) * scale
         self.beta = 0.0 if self.exhausted else norm
         self._neighbours = not self.exhausted
-        if self.exhausted:
-            self.noise.forget()
         if self.complete:
             self.beta, self.exhausted = 0.0, True
         elif vector is None:
@@ -170,7 +170,9 @@ class Krylov:
         elif self.exhausted:
             self._rows[self.size] = self._fresh_direction()
         else:
-            self._rows[self.size] = vector.div_(norm)
+            vector.div_(norm)
+            if vector.data_ptr() != self._rows[self.size].data_ptr():
+                self._rows[self.size] = vector
 
     @property
     def hollow(self) -> bool:
@@ -178,16 +180,13 @@ class Krylov:
         return self._log.replaying
 
     def _product(self, j: int) -> Tensor:
-        """H times basis vector number `j`, and what else it tells."""
+        """H times basis vector number `j`: where the next one is to be, if that is at hand."""
         last = self.space.local(self._rows[j])
-        vector = self._operator.apply(last)
-        self.noise.watch(self.space, last, vector, successive=True)
-        if self._outside is not None:
-            if j == 0:
-                size = self.space.norm(vector)
-                self.mixed = (self.space.project(self._outside, vector), size)
-            probes.remove(self.space, vector, self._outside)
-        return vector
+        if j + 1 < len(self._rows) and self.space.place_of(self._rows) == "device":
+            following = self._rows[j + 1]
+            self._operator.apply_into(last, following)
+            return following
+        return self._operator.apply(last)
 
     def extended(self, operator: SymmetricOperator, capacity: int) -> Self:
         """A copy with room for `capacity` vectors that goes on with `operator`."""
@@ -248,7 +247,6 @@ class Krylov:
         self._dropped = self._inherited(pairs.coefficients[:, keep])
         self.size = len(keep)
         self._neighbours = False
-        self.noise.forget()
         self.projection[:] = 0.0
         self.projection[range(self.size), range(self.size)] = pairs.values[keep]
         return RitzPairs(pairs.values[keep], np.eye(self.size), pairs.residuals[keep])
@@ -261,34 +259,50 @@ class Krylov:
         return inherited
 
     def _orthogonalise(self, vector: Tensor) -> tuple[np.ndarray, float]:
-        """Take the basis out of `vector` in place: coefficients, and the norm that is left."""
+        """Take the basis out of a product in place: coefficients, and the norm that is left.
+
+        What goes on is decided by one block of numbers in each pass, for which an accelerator has
+        to be waited for; nearly always there is one pass.
+        """
         space, basis = self.space, self.basis
+        held = [basis] if self._outside is None else [basis, self._outside]
         # The two components that three-term recurrence knows of, so that the projection on the
         # whole basis finds next to nothing and one pass of it is usually enough.
-        local = np.zeros(self.size)
-        if self._neighbours:
-            local[-2] = self.beta
-            vector.add_(space.local(basis[-2]), alpha=-self.beta)
-        last = space.local(basis[-1])
-        local[-1] = space.inner(last, vector)
-        vector.add_(last, alpha=-local[-1])
-        norm = 0.0
-        coefficients = torch.from_numpy(local).to(space.device)
-        for _ in range(3):
-            correction = space.project(basis, vector)
-            space.subtract(vector, basis, correction)
-            coefficients += correction
-            norm = space.norm(vector)
-            before = math.hypot(norm, float(torch.linalg.vector_norm(correction)))
+        near = basis[-2:] if self._neighbours else basis[-1:]
+        along_last = space.dot(space.local(basis[-1]), vector).reshape(1)
+        along_first = along_last.new_full((len(near) - 1,), self.beta)
+        space.subtract(vector, near, torch.cat([along_first, along_last]))
+        coefficients = np.zeros(self.size)
+        for i in range(3):
+            corrections = [space.project(rows, vector) for rows in held]
+            for rows, correction in zip(held, corrections, strict=True):
+                space.subtract(vector, rows, correction)
+            left = space.dot(vector, vector).reshape(1)
+            block = torch.cat([*corrections, left, along_last]).cpu().numpy()
+            coefficients += block[: self.size]
+            norm = math.sqrt(block[-2])
+            before = math.sqrt(block[-2] + np.square(block[:-2]).sum())
+            if i == 0:
+                coefficients[-1] += block[-1]
+                self._learn(coefficients, math.hypot(before, block[-1]), corrections)
             if norm >= _CANCELLATION * before:
-                break
-        else:
-            # What the passes left was their own rounding: the vector lies in the span.
-            norm = 0.0
-        if self._outside is not None:
-            # The product was cleaned before; rounding brings components back.
-            space.subtract(vector, self._outside, space.project(self._outside, vector))
-        return coefficients.cpu().numpy(), norm
+                return coefficients, norm
+        # What the passes left was their own rounding: the vector lies in the span.
+        return coefficients, 0.0
+
+    def _learn(self, coefficients: np.ndarray, size: float, corrections: list[Tensor]) -> None:
+        """What else a product tells: of its noise, and of the complement where it has strayed."""
+        if self._neighbours:
+            coefficients[-2] += self.beta
+            size = math.hypot(size, self.beta)
+            # Of one symmetric matrix: vᵀ(Hu) was the β that led to v, and uᵀ(Hv) is a coefficient.
+            if not self.noise.settled:
+                defect = coefficients[-2] - self.beta
+                sizes = (self._size, size)
+                self.noise.add(defect, sizes, self.space.eps, across=self.beta)
+        if self.size == 1 and self._outside is not None:
+            self.mixed = (corrections[1], size)
+        self._size = size
 
     def _fresh_direction(self) -> Tensor:
         """A random unit vector orthogonal to everything held so far."""

@@ -59,8 +59,7 @@ class Noise:
         Parameters
         ----------
         successive
-            v is the Krylov vector that was made from hu. It contains the error of hu, and the
-            defect has then not only a random part η ‖Hv‖ / √n, but also the mean η² ‖Hu‖² / vᵀHu.
+            v is the Krylov vector that was made from hu.
         """
         length_u, length_v = space.norm(u), space.norm(v)
         if length_u == 0 or length_v == 0:
@@ -68,16 +67,36 @@ class Noise:
         size_u, size_v = space.norm(hu) / length_u, space.norm(hv) / length_v
         across = space.inner(v, hu) / (length_u * length_v)
         defect = space.inner(u, hv) / (length_u * length_v) - across
-        size = size_u**2 + size_v**2
+        self.add(defect, (size_u, size_v), space.eps, across=across if successive else 0.0)
+
+    def add(
+        self, defect: float, sizes: tuple[float, float], eps: float, *, across: float = 0.0
+    ) -> None:
+        """One pair of products, known by their numbers.
+
+        Parameters
+        ----------
+        defect
+            uᵀ(Hv) − vᵀ(Hu) of unit vectors u and v.
+        sizes
+            ‖Hu‖ and ‖Hv‖.
+        eps
+            Machine epsilon of the vectors.
+        across
+            vᵀ(Hu), where v is the Krylov vector that was made from Hu. It contains the error of Hu,
+            and the defect has then not only a random part η ‖Hv‖ / √n, but also the mean
+            η² ‖Hu‖² / vᵀHu.
+        """
+        size = sizes[0] ** 2 + sizes[1] ** 2
         if size == 0:
             return
         square = self._n * defect**2
-        if abs(defect) <= _ROUNDING * space.eps * math.sqrt(size):
+        if abs(defect) <= _ROUNDING * eps * math.sqrt(size):
             # Rounding has no random direction that √n could be a measure of.
-            square = size * space.eps**2
-        elif successive and across != 0:
+            square = size * eps**2
+        elif across != 0:
             # η² from n defect² = η² size + n (η² ‖Hu‖² / vᵀHu)², as η² size.
-            mean = self._n * (size_u**2 / (across * size)) ** 2
+            mean = self._n * (sizes[0] ** 2 / (across * size)) ** 2
             square = 2 * square / (1 + math.sqrt(1 + 4 * mean * square))
         self._defects += square
         self._sizes += size

@@ -41,7 +41,6 @@ __all__ = [
     "Run",
     "check_tolerances",
     "gaussian",
-    "remove",
     "sample_moments",
     "seeded",
     "sphere",
@@ -94,14 +93,9 @@ def sphere(
         Orthonormal rows (r, n), r < n.
     """
     vector = gaussian(space, generator)
-    if orthogonal_to is not None:
-        remove(space, vector, orthogonal_to)
-    return vector.div_(space.norm(vector))
-
-
-def remove(space: VectorSpace, vector: Tensor, rows: Tensor) -> None:
-    """Take the components along orthonormal rows away from `vector`, in place, twice."""
-    space.remove(vector, rows)
+    if orthogonal_to is None:
+        return vector.div_(space.norm(vector))
+    return vector.div_(space.remove(vector, orthogonal_to).left)
 
 
 class Deflation:
@@ -160,10 +154,8 @@ class Deflation:
     def take_from(self, vector: Tensor, product: Tensor) -> None:
         """Take the pairs out of the product with a `vector` that has no part in them, in place."""
         length = self._space.norm(vector)
-        self.check(
-            self._space.project(self.basis, product) / length, self._space.norm(product) / length
-        )
-        remove(self._space, product, self.basis)
+        removed = self._space.remove(product, self.basis)
+        self.check(removed.parts / length, removed.before / length)
 
     def check(self, parts: Tensor, size: float) -> None:
         """Refuse pairs of another operator, from one product with a vector beside them all.

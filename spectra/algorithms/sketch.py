@@ -20,7 +20,7 @@ from torch import Tensor
 from spectra.algorithms.blocks import add_diagonal
 from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.moments import KnownPart, Moments, Nothing, Samples
-from spectra.algorithms.probes import MIN_PROBES, Run, gaussian, remove
+from spectra.algorithms.probes import MIN_PROBES, Run, gaussian
 from spectra.errors import ArgumentError
 from spectra.journal import Stopped, unless_stopped
 from spectra.objective.places import Place
@@ -228,14 +228,14 @@ class _Range:
             image.copy_(product)
         for image in images:
             product = space.local(image)
-            remove(space, product, self.rows)
+            space.remove(product, self.rows)
             image.copy_(product)
         fresh = self.rows[first:]
         for kept in self._probes:
             vector, product = map(space.local, kept)
             space.subtract(product, images, space.project(fresh, vector))
             for row, each in zip(kept, (vector, product), strict=True):
-                remove(space, each, fresh)
+                space.remove(each, fresh)
                 row.copy_(each)
         return True
 
@@ -250,7 +250,7 @@ class _Range:
 
     def take_from(self, vector: Tensor, product: Tensor) -> None:
         """Take Q out of the product with a `vector` in its complement, in place."""
-        remove(self._space, product, self.rows)
+        self._space.remove(product, self.rows)
 
     def samples(self) -> Samples:
         """What the probes kept so far say, at the length of those drawn anew."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from spectra.objective import places
 from spectra.objective.memory import free_bytes
 from spectra.objective.places import Place
 
-__all__ = ["VectorSpace", "dot"]
+__all__ = ["Removed", "VectorSpace", "dot"]
 
 # Entries summed in the vectors' own dtype before a float64 accumulator takes over. On the CPU small
 # enough that a block of fifty rows stays in the cache, large enough that the loop costs nothing; an
@@ -33,8 +33,26 @@ _BLOCK = 1 << 16
 _BLOCK_ON_ACCELERATOR = 1 << 22
 # Most entries of a block that is copied to an accelerator: a quarter of a gigabyte.
 _COPIED = 1 << 26
-# In root mean squares of the block; a block of random numbers has no such entry.
-_LARGE = 6.0
+# In root mean squares of the block. What is smaller costs a sum no more than twice its rounding,
+# and a block of random numbers, or of products of them, has no such entry: taking entries apart
+# takes as long as a dozen rows.
+_LARGE = 24.0
+
+
+class Removed(NamedTuple):
+    """What was taken away from a vector.
+
+    Attributes
+    ----------
+    parts
+        (m,) float64 its components.
+    before, left
+        Its norm, before and now.
+    """
+
+    parts: Tensor
+    before: float
+    left: float
 
 
 class VectorSpace:
@@ -243,9 +261,13 @@ class VectorSpace:
         found: np.ndarray = self.summed(total.reshape(1)).cpu().numpy()
         return found
 
+    def dot(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inner product () of two vectors in float64: still on their device."""
+        return self.summed(dot(self.counted(x), self.counted(y)))
+
     def inner(self, x: Tensor, y: Tensor) -> float:
         """Inner product of two vectors, multiplied and accumulated in float64."""
-        return float(self.summed(dot(self.counted(x), self.counted(y))))
+        return float(self.dot(x, y))
 
     def norm(self, x: Tensor) -> float:
         """Euclidean norm, accumulated in float64."""
@@ -289,10 +311,19 @@ class VectorSpace:
         for columns, rows in self.blocks(basis):
             x[columns].addmv_(rows.T, coefficients, alpha=-1.0)
 
-    def remove(self, x: Tensor, basis: Tensor) -> None:
-        """Take the components along orthonormal rows away from `x`, in place, twice."""
-        for _ in range(2):
-            self.subtract(x, basis, self.project(basis, x))
+    def remove(self, x: Tensor, basis: Tensor) -> Removed:
+        """Take the components along orthonormal rows away from `x`, in place.
+
+        Twice, where the first time took most of `x` away: what is left then has its rounding.
+        """
+        parts = found = self.project(basis, x)
+        while True:
+            self.subtract(x, basis, parts)
+            left = self.norm(x)
+            along = float(torch.linalg.vector_norm(parts))
+            if parts is not found or along <= left:
+                return Removed(found, math.hypot(left, along), left)
+            parts = self.project(basis, x)
 
     def defect(self, basis: Tensor) -> float:
         """How far rows are from orthonormal: the largest entry of their Gram matrix less I."""

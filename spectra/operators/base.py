@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -71,6 +72,10 @@ class SymmetricOperator(LinearOperator):
         """The operator applied to each row of a (k, n) tensor, as rows."""
         raise NotImplementedError
 
+    def _products_into(self, rows: Tensor, out: Tensor) -> Tensor:
+        """The same, put into `out` (k, n)."""
+        return out.copy_(self._products(rows))
+
     def _culprit(self) -> str:
         """Where a non-finite product comes from, as a clause; called only on failure."""
         return "the matrix or the vector is at fault"
@@ -113,6 +118,18 @@ class SymmetricOperator(LinearOperator):
         else:
             products = journal.product(rows, self._checked_products)
         return products[0] if vectors.dim() == 1 else products.T
+
+    def apply_into(self, vector: Tensor, out: Tensor) -> None:
+        """The product with one vector (n,), put into memory that is there already.
+
+        New memory for a long vector takes longer to get than to fill. Raises what `apply` does;
+        `out` (n,) is contiguous, and another one than `vector`.
+        """
+        if current(self) is not None:
+            out.copy_(self.apply(vector))
+            return
+        self._check_on_all(vector)
+        self._checked_products(vector.unsqueeze(0), out.unsqueeze(0))
 
     def collected(self, result: R) -> R | None:
         """A result whose vectors are whole, to be saved: on rank 0, and None on the others.
@@ -290,13 +307,13 @@ class SymmetricOperator(LinearOperator):
             msg = f"the operator is on {space.device}, the vector on {vectors.device}; move it"
             raise ArgumentError(msg)
 
-    def _checked_products(self, rows: Tensor) -> Tensor:
-        products = self._products(rows)
+    def _checked_products(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        products = self._products(rows) if out is None else self._products_into(rows, out)
         self.matvecs += len(rows)
         # One pass: a sum of numbers is finite only if all of them are, or so large that the sum
         # overflows, which the closer look clears.
         space = self.space
-        if bool(torch.isfinite(space.summed(products.sum()))):
+        if math.isfinite(space.summed(products.sum())):
             return products
         bad = space.summed((~torch.isfinite(products)).sum(dim=1))
         if bool(bad.any()):

@@ -175,8 +175,8 @@ class HvpOracle:
         _, tally = self._on_all_ranks("value", displacement, evaluate)
         return tally.value / self._normaliser(tally)
 
-    def products(self, vectors: Tensor) -> Tensor:
-        """H times each row of `vectors` (k, n), as rows (k, n).
+    def products(self, vectors: Tensor, out: Tensor | None = None) -> Tensor:
+        """H times each row of `vectors` (k, n), as rows (k, n): new ones, or those of `out`.
 
         One pass over the data for all of them: the gradient's graph of a part is built at most
         once and differentiated k times.
@@ -191,7 +191,7 @@ class HvpOracle:
         sums, tally = self._on_all_ranks(
             "product",
             vectors,
-            lambda: self._in_the_memory_there_is(lambda: self._multiplied(vectors)),
+            lambda: self._in_the_memory_there_is(lambda: self._multiplied(vectors, out)),
         )
         self._checked = True
         self._finish(sums, tally)
@@ -278,13 +278,13 @@ class HvpOracle:
             sum_.divide(normaliser)
         return normaliser
 
-    def _multiplied(self, vectors: Tensor) -> _Sums:
+    def _multiplied(self, vectors: Tensor, out: Tensor | None) -> _Sums:
         space = self.objective.space
         directions = [space.views(row) for row in vectors]
         tally = Tally()
         with self._pass() as graphs:
             # In here: a tensor made under inference_mode could not be changed outside of it.
-            out = space.empty(len(vectors))
+            out = space.empty(len(vectors)) if out is None else out
             sums = [_WeightedSum(row, space.views(row)) for row in out]
             for graph, kept in graphs:
                 found = self._second_derivatives(graph, directions, kept=kept)

@@ -11,7 +11,6 @@ from spectra.algorithms.probes import (
     Deflation,
     Moments,
     gaussian,
-    remove,
     sample_moments,
     seeded,
     sphere,
@@ -95,7 +94,7 @@ def test_removing_rows_leaves_nothing_of_them():
     space = VectorSpace(30)
     rows = torch.from_numpy(orthogonal(30)[:4])
     vector = 1e8 * rows[0] + torch.ones(30, dtype=torch.float64)
-    remove(space, vector, rows)
+    space.remove(vector, rows)
     assert float((rows @ vector).abs().max()) < 1e-12
 
 
