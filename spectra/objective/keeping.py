@@ -42,6 +42,7 @@ _STATISTICAL = nn.modules.batchnorm._NormBase
 _PIECE = 1 << 12
 # Entries converted at a time.
 _SLICE = 1 << 24
+_PLAIN = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:
@@ -139,8 +140,10 @@ def checksums(tensors: Iterable[Tensor]) -> bytes:
     for tensor in map(local, tensors):
         if tensor.layout != torch.strided or tensor.device.type == "meta":
             continue
-        flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        flat = flat.int_repr() if flat.is_quantized else flat
+        flat = tensor
+        if tensor.dtype not in _PLAIN:
+            flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            flat = flat.int_repr() if flat.is_quantized else flat
         flat = flat.reshape(-1)
         # `len` of a tensor takes as long as the sum of a small one.
         if flat.numel() <= _PIECE:

@@ -117,7 +117,10 @@ class ParameterSpace(VectorSpace):
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parts of a flat vector in the parameters' shapes, without copying."""
         parts = flat.split_with_sizes(self.sizes)
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [
+            part if len(shape) == 1 else part.view(shape)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        ]
 
     def unflatten(self, flat: Tensor, params: Selection = None) -> dict[str, Tensor]:
         """The parts of a flat vector (n,) by parameter name, as views in the parameters' shapes.

@@ -37,6 +37,8 @@ _COPIED = 1 << 26
 # and a block of random numbers, or of products of them, has no such entry: taking entries apart
 # takes as long as a dozen rows.
 _LARGE = 24.0
+# So few terms have no rounding to speak of.
+_FEW = 1 << 12
 
 
 class Removed(NamedTuple):
@@ -316,14 +318,14 @@ class VectorSpace:
 
         Twice, where the first time took most of `x` away: what is left then has its rounding.
         """
-        parts = found = self.project(basis, x)
-        while True:
-            self.subtract(x, basis, parts)
+        parts = self.project(basis, x)
+        self.subtract(x, basis, parts)
+        left, along = self.norm(x), float(torch.linalg.vector_norm(parts))
+        before = math.hypot(left, along)
+        if along > left:
+            self.subtract(x, basis, self.project(basis, x))
             left = self.norm(x)
-            along = float(torch.linalg.vector_norm(parts))
-            if parts is not found or along <= left:
-                return Removed(found, math.hypot(left, along), left)
-            parts = self.project(basis, x)
+        return Removed(parts, before, left)
 
     def defect(self, basis: Tensor) -> float:
         """How far rows are from orthonormal: the largest entry of their Gram matrix less I."""
@@ -347,13 +349,16 @@ class VectorSpace:
 
         To be read only: they may be copies.
         """
-        elsewhere, on_disk = _elsewhere(basis, self.device), places.is_on_disk(basis)
-        width = width or self._width
+        width, length = width or self._width, basis.shape[1]
+        elsewhere = _elsewhere(basis, self.device)
+        if length <= width and not elsewhere:
+            yield slice(0, length), basis
+            return
+        on_disk = places.is_on_disk(basis)
         if elsewhere:
             width = min(width, max(_BLOCK, _COPIED // max(len(basis), 1)))
         if on_disk:
             places.read_ahead(basis[:, :width])
-        length = basis.shape[1]
         for start in range(0, length, width):
             columns = slice(start, min(start + width, length))
             rows = basis[:, columns]
@@ -402,6 +407,8 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 
 def _large_entries(part: Tensor) -> Tensor | None:
     """Places of the entries that stand out of a block, None where none does."""
+    if part.numel() <= _FEW:
+        return None
     limit = _LARGE * math.sqrt(float(torch.dot(part, part)) / len(part))
     smallest, largest = torch.aminmax(part)
     if float(largest) <= limit and float(smallest) >= -limit:

@@ -58,11 +58,8 @@ def _recent_settings(kind: str) -> tuple[Any, ...]:
     return tuple(found)
 
 
-@contextlib.contextmanager
-def autocast_off(kind: str) -> Iterator[None]:
+def autocast_off(kind: str) -> contextlib.AbstractContextManager[Any]:
     """Within it nothing is cast on a kind of device: backward passes run in the dtypes at hand."""
     if torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            yield
-    else:
-        yield
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()

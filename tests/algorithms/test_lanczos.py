@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.probes import seeded
+from spectra.operators.base import MatrixOperator
 from tests.cases.matrices import (
     Diagonal,
     dense,
@@ -308,3 +310,51 @@ def test_a_longer_copy_goes_on_from_a_basis_on_disk():
             krylov.step()
     assert torch.equal(whole.basis, extended.basis)
     assert extended.space.place_of(extended.rows) == "device"
+
+
+class Watched(MatrixOperator):
+    """Notes where its products are put."""
+
+    def _products_into(self, rows, out):
+        self.places = [*getattr(self, "places", []), out.data_ptr()]
+        return super()._products_into(rows, out)
+
+
+def test_a_product_is_put_where_the_next_vector_is_to_be():
+    watched = Watched(torch.from_numpy(dense(s1(60))))
+    krylov = Krylov(watched, 10, seeded(0))
+    while not krylov.full:
+        krylov.step()
+    assert watched.places == [row.data_ptr() for row in krylov.rows[1:]]
+    assert_is_krylov_relation(krylov, watched.matrix.numpy())
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a program waits for a number: `float`, `bool`, and copies to the host."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count, read = 0, torch.Tensor.cpu
+
+        def cpu(tensor, *args, **options):
+            self.count += 1
+            return read(tensor, *args, **options)
+
+        monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("beside", [0, 4])
+def test_a_step_waits_for_one_block_of_numbers_beside_its_product(beside, monkeypatch):
+    outside = torch.from_numpy(orthogonal(200)[:beside]) if beside else None
+    krylov = Krylov(torch_operator(s1(200)), 20, seeded(0), complement_of=outside)
+    for _ in range(3):
+        krylov.step()
+    with Reads(monkeypatch) as reads:
+        krylov._operator.apply(krylov.rows[krylov.size])
+        product = reads.count
+        krylov.step()
+    assert reads.count == 2 * product + 1

@@ -76,6 +76,46 @@ def test_rotate_replaces_the_first_rows_by_their_rotation(m, n, generator):
     assert torch.equal(basis[len(expected) :], untouched)
 
 
+def spiked(count, generator):
+    """A vector and rows of which so many entries in every block outweigh all others."""
+    x, rows = 1e-3 * torch.randn(1 << 18, generator=generator), torch.randn(3, 1 << 18).abs_()
+    for start in range(0, len(x), vectors._BLOCK):
+        x[start : start + 50 * count : 50] = 1.0
+    return x, rows.mul_(1e-3).add_(x > 0.5)
+
+
+def heavy_tailed(generator):
+    """A vector without a variance, and rows that are multiples of it."""
+    x = torch.randn(1 << 18, generator=generator) / torch.rand(1 << 18, generator=generator).sqrt()
+    return x, x * torch.tensor([[1.0], [-0.3], [7.0]])
+
+
+@pytest.mark.parametrize("spikes", [0, 1, 3, 16, 60, 110, 200, 1000])
+def test_entries_that_stand_out_swallow_no_others(spikes, generator):
+    x, rows = spiked(spikes, generator) if spikes else heavy_tailed(generator)
+    space = VectorSpace(len(x), torch.float32)
+    exact = rows.double() @ x.double()
+    sizes = rows.double().norm(dim=1) * x.double().norm()
+    assert float(((space.project(rows, x) - exact).abs() / sizes).max()) < 4 * space.eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1e8])
+def test_what_is_removed_is_told_and_nothing_of_it_is_left(share, dtype, generator):
+    space = VectorSpace(5000, dtype)
+    exact = torch.linalg.qr(torch.randn(5000, 5, dtype=torch.float64, generator=generator))[0].T
+    rows = exact.contiguous().to(dtype)
+    rest = torch.randn(5000, dtype=torch.float64, generator=generator)
+    rest -= exact.T @ (exact @ rest)
+    x = (rest + share * exact.sum(dim=0)).to(dtype)
+    before, parts = float(x.double().norm()), rows.double() @ x.double()
+    removed = space.remove(x, rows)
+    assert removed.before == pytest.approx(before, rel=10 * space.eps)
+    assert np.allclose(removed.parts, parts, rtol=0, atol=10 * space.eps * before)
+    assert removed.left == pytest.approx(float(x.double().norm()), rel=1e-12)
+    assert float((rows.double() @ x.double()).abs().max()) < 10 * space.eps * removed.left
+
+
 def test_vectors_have_the_dtype_of_the_space():
     space = VectorSpace(3, torch.float32)
     assert space.zeros().shape == (3,)

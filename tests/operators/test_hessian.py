@@ -318,5 +318,27 @@ def test_nothing_is_computed_before_the_first_product():
     assert operator.matvecs == 0
 
 
+def test_a_product_is_put_into_memory_that_is_there():
+    operator = HessianOperator(tanh_mlp(), LOSS, batches())
+    vector = torch.randn(operator.space.n, dtype=torch.float64)
+    out = torch.full_like(vector, torch.nan)
+    asked = []
+    original = operator._oracle.products
+    operator._oracle.products = lambda rows, into=None: asked.append(into) or original(rows, into)
+    operator.apply_into(vector, out)
+    assert asked[0].data_ptr() == out.data_ptr()
+    assert torch.equal(out, operator.apply(vector))
+    assert operator.matvecs == 2
+
+
+def test_a_product_is_put_into_memory_made_under_inference_mode():
+    operator = HessianOperator(tanh_mlp(), LOSS, batches())
+    vector = torch.randn(operator.space.n, dtype=torch.float64)
+    with torch.inference_mode():
+        out = torch.empty_like(vector)
+        operator.apply_into(vector, out)
+        assert torch.equal(out, operator.apply(vector))
+
+
 def test_the_package_hands_out_the_operator():
     assert spectra.HessianOperator is HessianOperator
