@@ -59,7 +59,9 @@ def summary(out="out"):
     return json.loads((Path(out) / "run.json").read_text())
 
 
-@pytest.mark.parametrize(("event", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(
+    ("event", "status"), [("SIGINT", 130), pytest.param("SIGTERM", 143, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_stopped_is_written_as_partial_and_goes_on(run, event, status):
     whole = run(out="whole")[0]
     stopped, said = run(event=event)

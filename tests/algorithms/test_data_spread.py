@@ -72,12 +72,14 @@ def spreads():
     return found
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_population(spreads):
     low, high = np.array([found.intervals for found in spreads]).transpose(2, 0, 1)
     covered = (low <= SPIKES[:3]) & (SPIKES[:3] <= high)
     assert (covered.sum(axis=0) >= 85).all()
 
 
+@pytest.mark.slow
 def test_the_trace_of_the_population_is_covered(spreads):
     low, high = np.array([found.trace_interval for found in spreads]).T
     assert ((low <= SPIKES.sum()) & (SPIKES.sum() <= high)).sum() >= 88

@@ -392,7 +392,8 @@ print(*digest(list(answers("auto"))))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others do not tell it in /proc")
-@pytest.mark.parametrize("n", [2_000_000, pytest.param(5_000_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2_000_000, 5_000_000])
 def test_a_basis_on_disk_leaves_memory_for_a_few_vectors(n, tmp_path):
     # Or the C library keeps freed vectors, which look like held ones.
     environment = {"MALLOC_MMAP_THRESHOLD_": "1000000", "TMPDIR": tempfile.gettempdir()}

@@ -292,7 +292,9 @@ def test_one_percent_on_outliers_costs_at_most_forty_products_in_all():
     assert good >= 95
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [m if m != "hutch++" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_every_method_is_unbiased(method):
     values = s2(150)
     h = operator(Rotated(values))

@@ -34,7 +34,7 @@ def coverage(spectrum, method, runs, n, **options):
         ("s1", "hutchinson", FIXED[0]),
         ("s1", "hutchinson", SEQUENTIAL[0]),
         ("s2", "hutchinson", SEQUENTIAL[1]),
-        ("s2", "hutch++", FIXED[1]),
+        pytest.param("s2", "hutch++", FIXED[1], marks=pytest.mark.slow),
         ("s5", "hutch++", SEQUENTIAL[1]),
         ("s1", "xtrace", FIXED[0]),
         ("s2", "xtrace", FIXED[1]),

@@ -88,6 +88,7 @@ def test_half_precision_computed_in_another_is_said():
     assert "compute dtype: float32" in str(casted)
 
 
+@pytest.mark.slow
 def test_what_memory_decided_is_said():
     # Large enough for the process to be seen to grow.
     data = [{"input_ids": torch.zeros(1000, 8, dtype=torch.long)}] * 2

@@ -104,6 +104,7 @@ def test_two_processes_write_one_run_with_the_numbers_of_one(place, monkeypatch,
     assert not (place / "two" / "checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_one_process_that_fails_ends_both_with_its_words(place):
     done = torchrun(place, "analyze", "target.py:broken", *OPTIONS, "run")
     assert done.returncode != 0

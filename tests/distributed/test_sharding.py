@@ -82,6 +82,7 @@ def test_shards_are_used_as_they_are_whoever_cut_them(tmp_path):
             assert nearly(found, truth[name.split(", ")[-1]], tol), name
 
 
+@pytest.mark.slow
 def test_a_training_under_fsdp_is_monitored(tmp_path):
     model, loss, data = cases.problem("mlp")
     right = cases.trained(model, loss, data[0], data[:2])
@@ -93,6 +94,7 @@ def test_a_training_under_fsdp_is_monitored(tmp_path):
             assert found[2:] == pytest.approx(known[2:], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_other_shards_or_in_none(tmp_path):
     first, second = cases.run("sharded_checkpoints", 2, tmp_path)
     whole = first["whole"]

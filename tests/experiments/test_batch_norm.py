@@ -11,6 +11,7 @@ import torch
 from experiments.batch_norm.__main__ import Residual, operator
 
 
+@pytest.mark.slow
 def test_both_networks_are_measured_in_every_setting(tmp_path):
     pytest.importorskip("sklearn")
     program = [sys.executable, "-m", "experiments.batch_norm", "--fast", "--out", tmp_path]

@@ -136,6 +136,45 @@ def test_the_fastest_other_package_is_an_accurate_one():
     assert tables.fastest({"parts": [part("cnn", "top 10", records[:2])]}) == ""
 
 
+def test_an_aim_is_held_against_the_sum_of_the_fastest_others():
+    def found(task, ours, other, **facts):
+        records = [
+            {"contestant": "spectra", "gradients": [ours], "seconds": [ours / 10]},
+            {"contestant": "other", "gradients": [other]},
+            {"contestant": "slower", "gradients": [2 * other]},
+        ]
+        return {**part("cnn", task, records), "limit": 30.0, **facts}
+
+    parts = [found("top 10", 20.0, 100.0), found("trace", 20.0, 300.0), found("density", 9.0, 50.0)]
+    parts.append(found("analysis", 90.0, 800.0))
+    text = tables.aims({"parts": parts})
+    assert "| analysis | CNN | 0.20 | **0.20** | other, other, other |" in text
+    # Nobody was accurate in thirty seconds, of which a gradient takes a tenth.
+    for record in parts[1]["records"][1:]:
+        record["failure"] = "more than 30 s"
+    text = tables.aims({"parts": parts})
+    assert "| **less than 0.20** | other, nobody, other |" in text
+    # Or cannot be at all: then there is no sum.
+    for record in parts[1]["records"][1:]:
+        record["failure"] = "7 % off"
+    assert tables.aims({"parts": parts}) == ""
+
+
+def test_an_aim_of_products_is_reached_or_not():
+    times = {"spectra": 2.0, "spectra, fresh": 3.5, "PyHessian": 1.9, "BackPACK": 4.0}
+    times |= {"plain, graph retained": 1.8, "plain, graph rebuilt": 3.4, "curvlinops": 2.1}
+    records = [
+        {"contestant": name, "amortised": [time], "error": 0.1 if name == "curvlinops" else 0.0}
+        for name, time in times.items()
+    ]
+    text = tables.aims({"parts": [part("cnn", "products", records)]})
+    assert "| a product, gradients | CNN | 2.50 | **2.00** | 1.80 |" in text
+    assert "| without kept graphs | CNN | 3.40 | 3.50 | 3.40 |" in text
+    # One that is wrong is no match.
+    assert "| CNN | 0.71 | **0.50** | BackPACK; by hand 0.45 |" in text
+    assert "| beside the fastest | CNN | 1.00 | 1.05 | PyHessian; by hand 0.95 |" in text
+
+
 def test_results_of_several_processes_are_one_page():
     first = {"machine": 1, "seconds": 5, "parts": [part("cnn", "top 1", [])]}
     second = {"machine": 1, "seconds": 9, "parts": [part("gpt", "top 1", [])]}

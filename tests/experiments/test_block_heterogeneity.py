@@ -10,6 +10,7 @@ import pytest
 from experiments.block_heterogeneity import __main__ as program
 
 
+@pytest.mark.slow
 def test_a_small_run_is_written_down(tmp_path):
     pytest.importorskip("sklearn")
     command = [sys.executable, "-m", "experiments.block_heterogeneity", "--fast", "--out", tmp_path]

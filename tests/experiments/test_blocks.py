@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from experiments.blocks import __main__ as program
 
 
@@ -20,6 +22,7 @@ def test_a_small_run_is_written_down(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_answers_of_all_blocks_are_measured_end_to_end(tmp_path, capsys):
     asked = ["--tiny", "--answers", "--rounds", "2", "--out", str(tmp_path)]
     assert program.main(asked) == 0

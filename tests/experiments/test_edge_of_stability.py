@@ -11,6 +11,7 @@ from torch.optim import SGD
 from experiments.edge_of_stability.__main__ import Setting, row_of, train
 
 
+@pytest.mark.slow
 def test_gradient_descent_gets_to_the_edge(tmp_path):
     pytest.importorskip("sklearn")
     program = [sys.executable, "-m", "experiments.edge_of_stability", "--fast", "--out", tmp_path]

@@ -10,6 +10,7 @@ import pytest
 from experiments.outliers.__main__ import gap
 
 
+@pytest.mark.slow
 def test_four_classes_make_three_outliers_in_both_matrices(tmp_path):
     pytest.importorskip("sklearn")
     program = [sys.executable, "-m", "experiments.outliers", "--fast", "--out", tmp_path]

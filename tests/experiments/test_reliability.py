@@ -13,6 +13,7 @@ import spectra
 from experiments.reliability.kill_and_resume import identical
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
 def test_runs_that_are_killed_end_with_the_same_bits(tmp_path):
     pytest.importorskip("sklearn")

@@ -11,6 +11,7 @@ from experiments.sharding import __main__ as program
 ROOT = Path(program.__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not there")
 def test_both_ways_give_one_product_and_shards_send_what_is_claimed():
     (plain,), (first, second) = (

@@ -439,6 +439,7 @@ def peaks():
     return found[:2], found[2:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is reset by a file of Linux")
 def test_memory_hardly_grows_with_the_number_of_blocks():
     ours, plain = peaks()
