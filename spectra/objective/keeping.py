@@ -6,7 +6,7 @@ import contextlib
 import functools
 import random
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from spectra.distributed.sharding import local
 from spectra.errors import LossError, StochasticModelError
 
 __all__ = [
+    "Checksums",
     "buffers_kept",
     "checksums",
     "global_random_states",
@@ -42,7 +43,6 @@ _STATISTICAL = nn.modules.batchnorm._NormBase
 _PIECE = 1 << 12
 # Entries converted at a time.
 _SLICE = 1 << 24
-_PLAIN = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:
@@ -129,34 +129,75 @@ def tensors_and_modes(model: nn.Module) -> tuple[list[Tensor], tuple[bool, ...]]
     return list(tensors.values()), tuple(module.training for module in modules)
 
 
-@torch.no_grad()
-def checksums(tensors: Iterable[Tensor]) -> bytes:
-    """Weighted sums of the tensors' entries: changes behind autograd's back show in them.
+class Checksums:
+    """Weighted sums of tensors' entries: changes behind autograd's back show in them.
 
-    Optimisers that write through `.data` count no version. Costs one reading of the tensors.
+    Optimisers that write through `.data` count no version. Costs one reading of the tensors. How
+    they lie in memory is looked at once, as long as they are the same.
     """
-    small: dict[torch.device, list[Tensor]] = {}
-    sums: dict[torch.device, list[Tensor]] = {}
-    for tensor in map(local, tensors):
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
-            continue
-        flat = tensor
-        if tensor.dtype not in _PLAIN:
-            flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-            flat = flat.int_repr() if flat.is_quantized else flat
-        flat = flat.reshape(-1)
-        # `len` of a tensor takes as long as the sum of a small one.
-        if flat.numel() <= _PIECE:
-            small.setdefault(flat.device, []).append(flat.float())
-            continue
-        for start in range(0, flat.numel(), _SLICE):
-            # No copy of what is in single precision already.
-            sums.setdefault(flat.device, []).extend(_sums(flat[start : start + _SLICE].float()))
-    for device, pieces in small.items():
-        # Together: a call for each of hundreds of small tensors would take longer than their sums.
-        sums.setdefault(device, []).extend(_sums(torch.cat(pieces)))
-    # One transfer for each device: an accelerator has to be waited for.
-    return b"".join(torch.cat(totals).cpu().numpy().tobytes() for totals in sums.values())
+
+    def __init__(self) -> None:
+        self._places: list[Any] = []
+        self._small: dict[torch.device, _Small] = {}
+        self._large: list[Tensor] = []
+
+    def of(self, tensors: Iterable[Tensor]) -> bytes:
+        """Those of some tensors, in an order of their own."""
+        here = [t for t in map(local, tensors) if t.layout == torch.strided]
+        places = [(id(t), t.data_ptr(), t.shape, t.stride()) for t in here]
+        if places != self._places:
+            self._look(here)
+            self._places = places
+        sums: dict[torch.device, list[Tensor]] = {}
+        for tensor in self._large:
+            flat = _flat(tensor)
+            for start in range(0, flat.numel(), _SLICE):
+                # No copy of what is in single precision already.
+                sums.setdefault(flat.device, []).extend(_sums(flat[start : start + _SLICE].float()))
+        for device, small in self._small.items():
+            # Together: a call for each of hundreds of tensors would take longer than their sums.
+            entries = [*small.views, *(_flat(tensor).float() for tensor in small.others)]
+            sums.setdefault(device, []).extend(_sums(torch.cat(entries)))
+        # One transfer for each device: an accelerator has to be waited for.
+        return b"".join(
+            (torch.cat(totals) if len(totals) > 1 else totals[0]).cpu().numpy().tobytes()
+            for totals in sums.values()
+        )
+
+    def _look(self, tensors: list[Tensor]) -> None:
+        self._small, self._large = {}, []
+        for tensor in tensors:
+            if tensor.device.type == "meta":
+                continue
+            if tensor.numel() > _PIECE:
+                self._large.append(tensor)
+                continue
+            small = self._small.setdefault(tensor.device, _Small([], []))
+            if tensor.dtype == torch.float32 and tensor.is_contiguous():
+                # On the same memory, of which a few kilobytes may outlive the model's use of it.
+                small.views.append(_flat(tensor))
+            else:
+                small.others.append(tensor)
+
+
+class _Small(NamedTuple):
+    """Tensors of few entries: views of what is in single precision, and what is not."""
+
+    views: list[Tensor]
+    others: list[Tensor]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The entries of a tensor as real numbers, one after the other."""
+    tensor = tensor.detach()
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    tensor = tensor.int_repr() if tensor.is_quantized else tensor
+    return tensor.reshape(-1)
+
+
+def checksums(tensors: Iterable[Tensor]) -> bytes:
+    """The `Checksums` of some tensors, once."""
+    return Checksums().of(tensors)
 
 
 def _sums(entries: Tensor) -> list[Tensor]:

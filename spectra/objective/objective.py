@@ -10,6 +10,7 @@ further split into microbatches changes L.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,8 +43,8 @@ from spectra.objective.batches import (
 )
 from spectra.objective.identity import architecture, digest, digest_of
 from spectra.objective.keeping import (
+    Checksums,
     buffers_kept,
-    checksums,
     gradients_on,
     gradients_put_aside,
     hooks_of_engine_off,
@@ -230,6 +231,7 @@ class FunctionObjective:
             raise ArgumentError(msg)
         # Tensors that the function reads besides its arguments: their changes count as changes.
         self._watched = list(watched)
+        self._checksums = Checksums()
         # Fresh leaves on the caller's memory: later in-place changes are seen, and the caller's own
         # tensors, their grad and their graph stay out of it.
         self.parameters = self.stored = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -276,7 +278,7 @@ class FunctionObjective:
     def state(self) -> tuple[Any, ...]:
         """Versions and checksums of the tensors."""
         tensors = [*self.parameters, *self._watched]
-        return versions(tensors), checksums(tensors)
+        return versions(tensors), self._checksums.of(tensors)
 
     def identity(self) -> dict[str, Any]:
         """Digests of the function and of the tensors, by name."""
@@ -396,6 +398,10 @@ class ModelObjective:
         else:
             self.space = ShardedSpace(selected, self.sharding, _required(ranks), dtype)
         self._check_mode()
+
+    @functools.cached_property
+    def _checksums(self) -> Checksums:
+        return Checksums()
 
     @property
     def separable(self) -> bool:
@@ -576,7 +582,8 @@ class ModelObjective:
     def state(self) -> tuple[Any, ...]:
         """Versions and checksums of parameters and buffers, modes of modules, a list's batches."""
         tensors, modes = tensors_and_modes(self.model)
-        return versions(tensors), checksums(tensors), modes, versions(self._batches_at_hand())
+        sums = self._checksums.of(tensors)
+        return versions(tensors), sums, modes, versions(self._batches_at_hand())
 
     def identity(self) -> dict[str, Any]:
         """Digests of every parameter and buffer, of every batch, of the loss and the options."""

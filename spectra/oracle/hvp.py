@@ -476,7 +476,7 @@ class HvpOracle:
             contextlib.nullcontext() if self._tf32 else full_float32(kind),
         ):
             if products and self._graphs.silent() and _untouched(self.objective.parameters):
-                with gradients_on():
+                with contextlib.nullcontext() if _recording() else gradients_on():
                     yield
                 return
             with (
@@ -667,6 +667,11 @@ def _live(
     ]
 
 
+def _recording() -> bool:
+    """Whether autograd records here, without anything being done for it."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def _untouched(parameters: Iterable[Tensor]) -> bool:
     """Whether parameters are as a product needs them, without anything that it would set off."""
     return all(p.requires_grad and not p._backward_hooks for p in parameters)
@@ -764,7 +769,7 @@ class _WeightedSum:
             for view, term in zip(self._views, terms, strict=True):
                 if term is not None and term.layout == torch.strided:
                     into.append(view)
-                    dense.append(term.detach())
+                    dense.append(term.detach() if term.requires_grad else term)
                     continue
                 view.zero_()
                 if term is not None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spectra.objective.keeping import checksums
+from spectra.objective.keeping import Checksums, checksums
 
 SIZES = [1, 5, 4096, 4097, 10_000]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.bool]
@@ -15,14 +15,31 @@ def tensors(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("which", range(len(SIZES)))
 def test_a_change_of_any_entry_shows(dtype, which):
-    kept = tensors(dtype)
+    kept, same = tensors(dtype), Checksums()
     before = checksums(kept)
-    assert checksums(tensors(dtype)) == before
+    assert checksums(tensors(dtype)) == same.of(kept) == before
     for place in {0, SIZES[which] // 2, SIZES[which] - 1}:
         kept[which].data[place] = 1 - kept[which].data[place].real.int()
-        assert checksums(kept) != before
+        assert checksums(kept) == same.of(kept) != before
         kept[which].data[place] = 1 - kept[which].data[place].real.int()
-        assert checksums(kept) == before
+        assert checksums(kept) == same.of(kept) == before
+
+
+@pytest.mark.parametrize("size", [6, 100])
+def test_tensors_on_other_memory_or_in_another_order_are_looked_at_anew(size):
+    tensor = torch.arange(float(size**2)).view(size, size)
+    same = Checksums()
+    before = same.of([tensor])
+    own = tensor.data
+    tensor.data = own.clone().mul_(2)
+    assert same.of([tensor]) == checksums([tensor]) != before
+    tensor.data = own
+    assert same.of([tensor]) == before
+    tensor.data = own.T
+    assert same.of([tensor]) == checksums([tensor]) != before
+    other = torch.ones(3)
+    assert same.of([tensor, other]) == checksums([tensor, other])
+    assert same.of([other]) == checksums([other])
 
 
 def test_entries_that_change_places_show():
