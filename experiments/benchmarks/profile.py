@@ -16,9 +16,12 @@ from experiments.benchmarks.workloads import Workload
 from spectra.operators.base import SymmetricOperator
 from spectra.oracle.planning import Plan
 
-# Forward and backward passes, and the door through which all products go.
+# Forward and backward passes, and the doors through which all products go.
 _AUTOGRAD: list[tuple[Any, str]] = [(Plan, "loss"), (torch.autograd, "grad")]
-_PRODUCTS: list[tuple[Any, str]] = [(SymmetricOperator, "_checked_products")]
+_PRODUCTS: list[tuple[Any, str]] = [
+    (SymmetricOperator, "_checked_products"),
+    (SymmetricOperator, "apply_into"),
+]
 
 
 def answers(w: Workload, rounds: int) -> list[dict[str, Any]]:

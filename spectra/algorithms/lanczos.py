@@ -277,11 +277,13 @@ class Krylov:
             corrections = [space.project(rows, vector) for rows in held]
             for rows, correction in zip(held, corrections, strict=True):
                 space.subtract(vector, rows, correction)
-            left = space.dot(vector, vector).reshape(1)
+            left = space.length_of(vector).reshape(1)
             block = torch.cat([*corrections, left, along_last]).cpu().numpy()
+            if not np.isfinite(block).all():
+                self.size -= 1
+                self._operator.refuse_non_finite(space.local(basis[-1]))
             coefficients += block[: self.size]
-            norm = math.sqrt(block[-2])
-            before = math.sqrt(block[-2] + np.square(block[:-2]).sum())
+            norm, before = float(block[-2]), math.hypot(*block[:-1])
             if i == 0:
                 coefficients[-1] += block[-1]
                 self._learn(coefficients, math.hypot(before, block[-1]), corrections)

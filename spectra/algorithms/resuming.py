@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from spectra.errors import ArgumentError, ArgumentTypeError, SpectraError
+from spectra.errors import ArgumentError, ArgumentTypeError, DataError, SpectraError
 from spectra.journal import Journal, Stopped
 from spectra.objective.identity import digest_of, fingerprint
 from spectra.objective.vectors import VectorSpace
@@ -30,7 +30,7 @@ _WITHOUT_EFFECT = ("progress", "checkpoint")
 
 def resumable(question: Callable[P, R]) -> Callable[P, R]:
     """A function of an operator `H`, with `checkpoint=`, that can go on where it was ended."""
-    signature = inspect.signature(question)
+    signature, question = inspect.signature(question), _undisturbed(question)
 
     @functools.wraps(question)
     def asked(*args: P.args, **options: P.kwargs) -> R:
@@ -52,6 +52,27 @@ def resumable(question: Callable[P, R]) -> Callable[P, R]:
             result = _answered(journal, functools.partial(question, *bound.args, **bound.kwargs))
         # A density that keeps its runs loses them in a copy.
         return result if not journal.notes else _with_notes(result, journal.notes)
+
+    return asked
+
+
+def _undisturbed(question: Callable[P, R]) -> Callable[P, R]:
+    """The same, where nobody changes the weights meanwhile."""
+
+    @functools.wraps(question)
+    def asked(*args: P.args, **options: P.kwargs) -> R:
+        H: Any = args[0] if args else options.get("H")
+        if not isinstance(H, SymmetricOperator):
+            return question(*args, **options)
+        result = None
+        try:
+            with H.undisturbed():
+                result = question(*args, **options)
+        except DataError as error:
+            if result is not None:
+                error.partial = result
+            raise
+        return result
 
     return asked
 

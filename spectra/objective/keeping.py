@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spectra.distributed.sharding import local
-from spectra.errors import LossError, StochasticModelError
+from spectra.errors import DataError, LossError, StochasticModelError
 
 __all__ = [
     "Checksums",
@@ -137,12 +137,15 @@ class Checksums:
     """
 
     def __init__(self) -> None:
+        self._held: bytes | None = None
         self._places: list[Any] = []
         self._small: dict[torch.device, _Small] = {}
         self._large: list[Tensor] = []
 
     def of(self, tensors: Iterable[Tensor]) -> bytes:
         """Those of some tensors, in an order of their own."""
+        if self._held is not None:
+            return self._held
         here = [t for t in map(local, tensors) if t.layout == torch.strided]
         places = [(id(t), t.data_ptr(), t.shape, t.stride()) for t in here]
         if places != self._places:
@@ -163,6 +166,31 @@ class Checksums:
             (torch.cat(totals) if len(totals) > 1 else totals[0]).cpu().numpy().tobytes()
             for totals in sums.values()
         )
+
+    @contextlib.contextmanager
+    def held(self, tensors: Callable[[], Iterable[Tensor]], what: str) -> Iterator[None]:
+        """Within it all is taken to be as it was at its beginning, and looked at again at its end.
+
+        Raises
+        ------
+        DataError
+            It has changed.
+        """
+        if self._held is not None:
+            yield
+            return
+        before = self._held = self.of(tensors())
+        try:
+            yield
+        finally:
+            self._held = None
+        if self.of(tensors()) != before:
+            msg = (
+                f"{what} changed while they were analysed, so that the products were those of "
+                "several matrices; stop what changes them, or analyse a copy (copy.deepcopy), and "
+                "ask again"
+            )
+            raise DataError(msg)
 
     def _look(self, tensors: list[Tensor]) -> None:
         self._small, self._large = {}, []

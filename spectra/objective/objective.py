@@ -164,6 +164,10 @@ class Objective(Protocol):
         """The parameters, each with all of its names, first the one it has in `space`."""
         ...
 
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """Within it `state` takes the numbers in memory to be as at its beginning."""
+        ...
+
     def state(self) -> tuple[Any, ...]:
         """Equal as long as no parameter, buffer or batch was changed since."""
         ...
@@ -275,9 +279,16 @@ class FunctionObjective:
         """The tensors, one name each."""
         return [([n], t) for n, t in zip(self.space.names, self.parameters, strict=True)]
 
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the tensors are taken to hold the same numbers."""
+        return self._checksums.held(self._tensors, "the tensors of the function")
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.parameters, *self._watched]
+
     def state(self) -> tuple[Any, ...]:
         """Versions and checksums of the tensors."""
-        tensors = [*self.parameters, *self._watched]
+        tensors = self._tensors()
         return versions(tensors), self._checksums.of(tensors)
 
     def identity(self) -> dict[str, Any]:
@@ -578,6 +589,11 @@ class ModelObjective:
         """The selected parameters; tied ones have several names."""
         chosen = {id(parameter) for parameter in self.stored}
         return [(names, p) for names, p in all_parameters(self.model) if id(p) in chosen]
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """Within it parameters and buffers are taken to hold the same numbers."""
+        whose = f"parameters or buffers of the {type(self.model).__name__}"
+        return self._checksums.held(lambda: tensors_and_modes(self.model)[0], whose)
 
     def state(self) -> tuple[Any, ...]:
         """Versions and checksums of parameters and buffers, modes of modules, a list's batches."""

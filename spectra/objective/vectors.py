@@ -271,13 +271,17 @@ class VectorSpace:
         """Inner product of two vectors, multiplied and accumulated in float64."""
         return float(self.dot(x, y))
 
-    def norm(self, x: Tensor) -> float:
-        """Euclidean norm, accumulated in float64."""
+    def length_of(self, x: Tensor) -> Tensor:
+        """Euclidean norm () in float64: still on the device."""
         if x.dtype == torch.float64 and not self.spread:
-            return float(torch.linalg.vector_norm(x))
+            return torch.linalg.vector_norm(x)
         # Squares of numbers in single precision neither overflow nor underflow in double, and
         # this is three times as fast as `vector_norm` with a dtype.
-        return math.sqrt(self.inner(x, x))
+        return self.dot(x, x).sqrt()
+
+    def norm(self, x: Tensor) -> float:
+        """Euclidean norm, accumulated in float64."""
+        return float(self.length_of(x))
 
     def project(self, basis: Tensor, x: Tensor) -> Tensor:
         """Inner products (m,) float64 of the rows of `basis` (m, n) with `x` (n,)."""

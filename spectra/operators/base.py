@@ -6,11 +6,12 @@ border between NumPy and torch is in this file and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -122,14 +123,52 @@ class SymmetricOperator(LinearOperator):
     def apply_into(self, vector: Tensor, out: Tensor) -> None:
         """The product with one vector (n,), put into memory that is there already.
 
-        New memory for a long vector takes longer to get than to fill. Raises what `apply` does;
-        `out` (n,) is contiguous, and another one than `vector`.
+        New memory for a long vector takes longer to get than to fill. Whether the product is finite
+        is left to the caller, who has to look at numbers made of it anyway.
+
+        Parameters
+        ----------
+        out
+            (n,), contiguous, and another one than `vector`.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            As `apply` does.
         """
         if current(self) is not None:
             out.copy_(self.apply(vector))
             return
         self._check_on_all(vector)
-        self._checked_products(vector.unsqueeze(0), out.unsqueeze(0))
+        self._products_into(vector.unsqueeze(0), out.unsqueeze(0))
+        self.matvecs += 1
+
+    def refuse_non_finite(self, vector: Tensor) -> None:
+        """Say where a product of `apply_into` is not finite, by computing it again.
+
+        Raises
+        ------
+        NonFiniteError
+        """
+        self.matvecs -= 1
+        self.apply(vector)
+        msg = (
+            f"matvec {self.matvecs} was not finite, and is so when it is computed again: the "
+            "products are random, or the machine is at fault"
+        )
+        raise NonFiniteError(msg)
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """Within it what the operator is made of is taken to stay as it is.
+
+        It is looked at once before and once after, instead of at every product.
+
+        Raises
+        ------
+        DataError
+            At the end, where it has changed.
+        """
+        return contextlib.nullcontext()
 
     def collected(self, result: R) -> R | None:
         """A result whose vectors are whole, to be saved: on rank 0, and None on the others.
@@ -307,8 +346,8 @@ class SymmetricOperator(LinearOperator):
             msg = f"the operator is on {space.device}, the vector on {vectors.device}; move it"
             raise ArgumentError(msg)
 
-    def _checked_products(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        products = self._products(rows) if out is None else self._products_into(rows, out)
+    def _checked_products(self, rows: Tensor) -> Tensor:
+        products = self._products(rows)
         self.matvecs += len(rows)
         # One pass: a sum of numbers is finite only if all of them are, or so large that the sum
         # overflows, which the closer look clears.
@@ -411,6 +450,10 @@ class SumOperator(SymmetricOperator):
         """The term whose parameters the sum is over."""
         return next(term for _, term in self.terms if term.space is self.space)
 
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """As all terms are."""
+        return _all(term.undisturbed() for _, term in self.terms)
+
     def identity(self) -> dict[str, Any]:
         """Of all terms, with their coefficients."""
         terms = {
@@ -436,6 +479,14 @@ class SumOperator(SymmetricOperator):
         for coefficient, operator in others:
             total.add_(operator._checked_products(rows), alpha=coefficient)
         return total
+
+
+@contextlib.contextmanager
+def _all(contexts: Iterable[contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _common_space(operators: Sequence[SymmetricOperator]) -> VectorSpace:

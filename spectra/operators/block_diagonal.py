@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -158,6 +159,10 @@ class BlockDiagonalOperator(SymmetricOperator):
         except BaseException as error:
             explain(number, error)
             raise
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """As the Hessian is."""
+        return self._hessian.undisturbed()
 
     def identity(self) -> dict[str, Any]:
         """That of the Hessian, with the parameters of every block."""

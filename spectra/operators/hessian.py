@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -428,6 +429,11 @@ class HessianOperator(SymmetricOperator):
         size at other weights, over and over.
         """
         self._oracle.release(forget=forget)
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """Within it weights and buffers are taken to hold the same numbers."""
+        # Several processes compare theirs at every product.
+        return contextlib.nullcontext() if self.space.ranks else self.objective.undisturbed()
 
     def identity(self) -> dict[str, Any]:
         """Digests of weights, data and loss; reads all the data once."""

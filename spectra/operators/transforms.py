@@ -7,6 +7,7 @@ nothing is computed before it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from collections.abc import Mapping
@@ -171,6 +172,10 @@ class _Transform(SymmetricOperator):
     def _numbers(self) -> list[Tensor]:
         """What the transform depends on besides the operator."""
         raise NotImplementedError
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """As the operator beneath is."""
+        return self.of.undisturbed()
 
     def identity(self) -> dict[str, Any]:
         """Of the operator beneath, with a digest of the transform's numbers."""

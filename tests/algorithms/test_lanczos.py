@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectra.algorithms.lanczos import Krylov
 from spectra.algorithms.probes import seeded
+from spectra.errors import NonFiniteError
 from spectra.operators.base import MatrixOperator
 from tests.cases.matrices import (
     Diagonal,
@@ -17,6 +18,7 @@ from tests.cases.matrices import (
     rank_one,
     s1,
     s2,
+    tanh_network,
     torch_operator,
     wilkinson,
 )
@@ -348,13 +350,49 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("beside", [0, 4])
-def test_a_step_waits_for_one_block_of_numbers_beside_its_product(beside, monkeypatch):
-    outside = torch.from_numpy(orthogonal(200)[:beside]) if beside else None
-    krylov = Krylov(torch_operator(s1(200)), 20, seeded(0), complement_of=outside)
+@pytest.mark.parametrize("kind", ["matrix", "network"])
+def test_a_step_waits_once_for_one_block_of_numbers(kind, beside, monkeypatch):
+    h = torch_operator(s1(200)) if kind == "matrix" else tanh_network()[0]
+    outside = torch.from_numpy(orthogonal(h.space.n)[:beside]) if beside else None
+    krylov = Krylov(h, 20, seeded(0), complement_of=outside)
+    # With the weights looked at beforehand, and the graphs of the network there.
+    with h.undisturbed():
+        for _ in range(4):
+            krylov.step()
+        with Reads(monkeypatch) as reads:
+            krylov.step()
+            count = reads.count
+    assert count == 1
+
+
+@pytest.mark.parametrize("place", ["device", "disk"])
+def test_a_product_that_is_not_finite_ends_a_step_with_its_words(place):
+    matrix = torch.from_numpy(dense(s1(60)))
+    krylov = Krylov(MatrixOperator(matrix), 10, seeded(0), place=place)
     for _ in range(3):
         krylov.step()
-    with Reads(monkeypatch) as reads:
-        krylov._operator.apply(krylov.rows[krylov.size])
-        product = reads.count
+    matrix[4, 7] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"matvec 4 returned .* non-finite of 60 entries"):
         krylov.step()
-    assert reads.count == 2 * product + 1
+    assert krylov.size == 3
+    matrix[4, 7] = matrix[7, 4]
+    krylov.step()
+    assert_is_krylov_relation(krylov, matrix.numpy())
+
+
+def test_a_product_that_is_not_finite_once_is_refused_all_the_same():
+    class Once(MatrixOperator):
+        def _products_into(self, rows, out):
+            return super()._products_into(rows, out).fill_(torch.inf)
+
+    krylov = Krylov(Once(torch.eye(30, dtype=torch.float64)), 10, seeded(0))
+    with pytest.raises(NonFiniteError, match="is so when it is computed again"):
+        krylov.step()
+
+
+@pytest.mark.parametrize("scale", [1e-120, 1e120])
+def test_very_small_and_large_numbers_do_no_harm(scale):
+    values = s1(60)
+    krylov = krylov_of(dense(values) * scale, 30)
+    exact = krylov_of(dense(values), 30)
+    np.testing.assert_allclose(krylov.ritz().values / scale, exact.ritz().values, atol=1e-10)

@@ -6,7 +6,15 @@ from torch.nn import functional
 
 import spectra
 from spectra import HessianOperator
-from spectra.errors import ArgumentError, ArgumentTypeError, LossError, ParameterSelectionError
+from spectra.algorithms.lanczos import Krylov
+from spectra.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DataError,
+    LossError,
+    ParameterSelectionError,
+)
+from spectra.objective import keeping
 from spectra.objective.losses import causal_lm, supervised
 from tests.cases import regressions
 from tests.cases.networks import TinyGPT, dense_hessian, tanh_mlp, wine
@@ -338,6 +346,48 @@ def test_a_product_is_put_into_memory_made_under_inference_mode():
         out = torch.empty_like(vector)
         operator.apply_into(vector, out)
         assert torch.equal(out, operator.apply(vector))
+
+
+def changing(model, when):
+    """A function that scales weights behind autograd's back, the so manieth time it is called."""
+    count = iter(range(when, -1, -1))
+
+    def change():
+        if next(count, -1) == 0:
+            next(model.parameters()).data.mul_(1.5)
+
+    return change
+
+
+@pytest.mark.parametrize("of", ["hessian", "sum", "shifted", "blocks", "function"])
+def test_weights_that_change_during_a_question_are_noticed(of, monkeypatch):
+    model = tanh_mlp()
+    plain = HessianOperator(model, LOSS, batches())
+    operator = {
+        "hessian": lambda: plain,
+        "sum": lambda: 2.0 * plain + plain,
+        "shifted": lambda: spectra.shifted(plain, 1.0),
+        "blocks": plain.blocks,
+        "function": lambda: HessianOperator.from_function(
+            lambda x: (x**4).sum() + x.prod(), next(model.parameters())
+        ),
+    }[of]()
+    change, step = changing(model, 5), Krylov.step
+    monkeypatch.setattr(Krylov, "step", lambda krylov: (change(), step(krylov))[1])
+    with pytest.raises(DataError, match="changed while they were analysed") as caught:
+        spectra.eigsh(operator, 3)
+    assert len(caught.value.partial) == 3
+    # And not when it is asked again.
+    assert spectra.eigsh(operator, 3).converged.all()
+
+
+def test_weights_are_looked_at_once_for_all_products_of_a_question(monkeypatch):
+    operator, looked = HessianOperator(tanh_mlp(), LOSS, batches()), []
+    sums = keeping._sums
+    monkeypatch.setattr(keeping, "_sums", lambda entries: looked.append(1) or sums(entries))
+    found = spectra.eigsh(operator, 3)
+    assert found.matvecs > 10
+    assert len(looked) == 2
 
 
 def test_the_package_hands_out_the_operator():
