@@ -325,9 +325,9 @@ def aims(results: dict[str, Any]) -> str:
     note = (
         "What this library was asked to reach, and what it does. By hand: differentiating twice "
         "where nothing is checked; a product on the same graphs is below that by chance only. "
-        "Answers: our time divided by that of whoever was the fastest, in an analysis by the sum of "
-        "the fastest for each part; «less than» where nobody else had a part within the time that was given. "
-        "«Where the time goes» says what a missed one is spent on."
+        "Answers: our time divided by that of whoever was the fastest, in an analysis by the sum "
+        "of the fastest for each part; «less than» where nobody else had a part within the time "
+        "that was given. «Where the time goes» says what a missed one is spent on."
     )
     return f"## Aims\n\n{note}\n\n{table(header, rows)}"
 
