@@ -153,8 +153,8 @@ class SymmetricOperator(LinearOperator):
         self.matvecs -= 1
         self.apply(vector)
         msg = (
-            f"matvec {self.matvecs} was not finite, and is so when it is computed again: the "
-            "products are random, or the machine is at fault"
+            f"matvec {self.matvecs} was not finite, and is when it is computed again: the products "
+            f"are random, or the machine is at fault ({self._culprit()})"
         )
         raise NonFiniteError(msg)
 

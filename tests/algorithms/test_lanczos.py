@@ -386,7 +386,7 @@ def test_a_product_that_is_not_finite_once_is_refused_all_the_same():
             return super()._products_into(rows, out).fill_(torch.inf)
 
     krylov = Krylov(Once(torch.eye(30, dtype=torch.float64)), 10, seeded(0))
-    with pytest.raises(NonFiniteError, match="is so when it is computed again"):
+    with pytest.raises(NonFiniteError, match="and is when it is computed again"):
         krylov.step()
 
 

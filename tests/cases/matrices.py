@@ -178,7 +178,7 @@ class Noisy(LinearOperator):
 
 
 class Poisoned(LinearOperator):
-    """diag(values) until product number `at`, which holds a nan."""
+    """diag(values) until product number `at`, from which on they hold a nan."""
 
     def __init__(self, values: Any, at: int) -> None:
         self.values = np.asarray(values, dtype=float)
@@ -189,7 +189,7 @@ class Poisoned(LinearOperator):
     def _matvec(self, x: np.ndarray) -> np.ndarray:
         self.count += 1
         product = self.values * x
-        if self.count == self.at:
+        if self.count >= self.at:
             product[0] = np.nan
         return product
 
