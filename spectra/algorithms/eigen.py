@@ -449,7 +449,9 @@ def _basis_notes(search: Search, held: dict[str, Any], usual: int) -> list[str]:
 
 def _usual_size(space: VectorSpace, k: int) -> int:
     """How many basis vectors to hold where memory is no matter."""
-    return min(space.n, max(8 * k, 80, min(_FREE_BYTES // space.vector_bytes, _FREE_VECTORS)))
+    # By what a whole vector takes: of parts that are not equally long processes make others.
+    free = min(_FREE_BYTES // space.whole_vector_bytes, _FREE_VECTORS)
+    return min(space.n, max(8 * k, 80, free))
 
 
 def placed_basis(
@@ -491,8 +493,8 @@ def placed_basis(
 
 def _vectors_in(memory_budget: int, space: VectorSpace, k: int, basis: Basis) -> int:
     """How many vectors a budget of memory holds, if that is enough."""
-    size = space.vector_bytes
-    room, least = memory_budget // size, min(k + 2, space.n) + _SPARE
+    size = max(1, space.vector_bytes)
+    room, least = int(space.agreed(memory_budget // size)), min(k + 2, space.n) + _SPARE
     elsewhere = basis in {"auto", "disk"}
     if room < (min(least, _WITHOUT_BASIS) if elsewhere else least):
         msg = (

@@ -206,7 +206,8 @@ class Search:
         values, residuals = np.zeros(len(rows)), np.zeros(len(rows))
         for row in rows:
             row.div_(space.norm(space.local(row)))
-        chunk = max(1, min(krylov.capacity // 4, _BLOCK_BYTES // space.vector_bytes))
+        # By what a whole vector takes, so that all processes come to the same blocks.
+        chunk = max(1, min(krylov.capacity // 4, _BLOCK_BYTES // space.whole_vector_bytes))
         for start in range(0, len(rows), chunk):
             some = slice(start, start + chunk)
             measure = functools.partial(_measured, operator, space.local(rows[some]))

@@ -96,6 +96,11 @@ class VectorSpace:
         """What one vector takes here."""
         return self.length * torch.finfo(self.dtype).bits // 8
 
+    @property
+    def whole_vector_bytes(self) -> int:
+        """What a vector takes with all of its parts: the same on every process."""
+        return self.n * torch.finfo(self.dtype).bits // 8
+
     def affordable(self, place: Place = "device") -> int:
         """How many vectors fit into half of what is free now, of memory or of the disk.
 

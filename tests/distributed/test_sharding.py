@@ -51,7 +51,7 @@ def test_products_are_those_of_all_data_and_all_parameters(size, tmp_path):
                         assert np.array_equal(answer[kind], answers[0][kind])
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_every_answer_is_that_of_one_process(size, tmp_path):
     model, loss, data = cases.problem("mlp")
     truth = cases.asked(spectra.HessianOperator(model, loss, data[:2]))
