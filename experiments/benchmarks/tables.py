@@ -395,9 +395,8 @@ def gradient_seconds(part: Part) -> float | None:
     units = [
         took / gradients
         for record in part["records"]
-        for took, gradients in zip(
-            record.get("seconds", ()), record.get("gradients", ()), strict=True
-        )
+        if "seconds" in record
+        for took, gradients in zip(record["seconds"], record["gradients"], strict=True)
     ]
     return float(np.median(units)) if units else None
 
