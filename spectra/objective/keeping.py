@@ -186,7 +186,7 @@ class Checksums:
             self._held = None
         if self.of(tensors()) != before:
             msg = (
-                f"{what} changed while they were analysed, so that the products were those of "
+                f"{what} changed while they were analysed, so that the products may be those of "
                 "several matrices; stop what changes them, or analyse a copy (copy.deepcopy), and "
                 "ask again"
             )
