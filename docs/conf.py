@@ -50,13 +50,20 @@ napoleon_use_rtype = False
 
 nitpick_ignore_regex = [
     # Inventories of other projects are not fetched: a build needs no network.
-    ("py:.*", r"(torch|numpy|np|scipy|transformers|lightning|collections|pathlib|typing)\..*"),
+    (
+        "py:.*",
+        r"(torch|numpy|np|scipy|transformers|lightning|collections|contextlib|pathlib|typing)\..*",
+    ),
     # Imported for type checkers only, so that Sphinx sees the bare names.
     ("py:class", "Axes|Figure|Path|PreTrained.*"),
     # Names for types that are written out where they matter.
     ("py:class", "Function|Method|Record|Which|.*Table|.*block_diagonal.T"),
     # What floors say to one another.
-    ("py:class", r"spectra\.(distributed\.(collectives|sharding)|oracle\.hvp|report\.pages)\..*"),
+    (
+        "py:class",
+        r"spectra\.(distributed\.(collectives|sharding)|objective\.vectors\.Removed|oracle\.hvp|"
+        r"report\.pages).*",
+    ),
 ]
 
 
