@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -450,9 +450,13 @@ class SumOperator(SymmetricOperator):
         """The term whose parameters the sum is over."""
         return next(term for _, term in self.terms if term.space is self.space)
 
-    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
         """As all terms are."""
-        return _all(term.undisturbed() for _, term in self.terms)
+        with contextlib.ExitStack() as stack:
+            for _, term in self.terms:
+                stack.enter_context(term.undisturbed())
+            yield
 
     def identity(self) -> dict[str, Any]:
         """Of all terms, with their coefficients."""
@@ -479,14 +483,6 @@ class SumOperator(SymmetricOperator):
         for coefficient, operator in others:
             total.add_(operator._checked_products(rows), alpha=coefficient)
         return total
-
-
-@contextlib.contextmanager
-def _all(contexts: Iterable[contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
 
 
 def _common_space(operators: Sequence[SymmetricOperator]) -> VectorSpace:

@@ -472,11 +472,9 @@ class HessianOperator(SymmetricOperator):
 
     def _products_into(self, rows: Tensor, out: Tensor) -> Tensor:
         # A tensor made under inference_mode cannot be written to where autograd records.
-        return (
-            super()._products_into(rows, out)
-            if out.is_inference()
-            else self._oracle.products(rows, out)
-        )
+        if out.is_inference():
+            return super()._products_into(rows, out)
+        return self._oracle.products(rows, out)
 
     def _culprit(self) -> str:
         try:
