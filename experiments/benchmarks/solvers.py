@@ -103,6 +103,40 @@ def eigenpairs(k: int = 10, tol: float = 1e-3) -> None:
             print(f"| {name} | {which} | " + " | ".join(cells) + " |")
 
 
+class Free(spectra.operators.base.SymmetricOperator):
+    """diag(values): a product costs next to nothing. Counts its passes, however many products."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values, self.passes = values, 0
+        super().__init__(spectra.objective.vectors.VectorSpace(len(values), values.dtype))
+
+    def _products(self, rows: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return rows * self.values
+
+
+def blocks(k: int = 10, tol: float = 1e-3) -> None:
+    """What a block of products computed together costs in products, and saves in passes."""
+    print(f"\n### Blocks: {k} largest, residual {tol:g}, products and passes over the data\n")
+    sizes = (1, 2, 4, 8)
+    print("| spectrum | " + " | ".join(f"block_size={size}" for size in sizes) + " |")
+    print("| --- " * (1 + len(sizes)) + "|")
+    for name, make in SPECTRA.items():
+        values, cells = make(), []
+        for size in sizes:
+            runs = []
+            for seed in SEEDS:
+                h = Free(torch.from_numpy(values))
+                found = spectra.eigsh(h, k, which="LA", tol=tol, block_size=size, seed=seed)
+                if not right(found.values, values, k, "LA", tol):
+                    msg = f"{name}: wrong with block_size={size}"
+                    raise AssertionError(msg)
+                runs.append((found.matvecs, h.passes))
+            products, passes = np.median(runs, axis=0)
+            cells.append(f"{products:.0f} in {passes:.0f}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
 def distance(density: spectra.SpectralDensity, values: np.ndarray) -> float:
     """Wasserstein-1 distance of the quadrature, atoms included, to the true spectrum."""
     nodes = np.concatenate([density.nodes.ravel(), density.atoms])
@@ -148,17 +182,6 @@ def analyses() -> None:
             )
         count, *rest = np.median(rows, axis=0)
         print(f"| {name} | {count:.0f} | " + " | ".join(f"{x:.1e}" for x in rest) + " |")
-
-
-class Free(spectra.operators.base.SymmetricOperator):
-    """diag(values) in one pass over the vector: a product that costs next to nothing."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
-        super().__init__(spectra.objective.vectors.VectorSpace(len(values), values.dtype))
-
-    def _products(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows * self.values
 
 
 def reorthogonalisation(n: int = 10_000_000, m: int = 50) -> None:
@@ -244,6 +267,7 @@ def tracked(values: torch.Tensor, m: int, rounding: float) -> tuple[int, float]:
 
 if __name__ == "__main__":
     eigenpairs()
+    blocks()
     analyses()
     reorthogonalisation()
     partial_reorthogonalisation()

@@ -50,8 +50,8 @@ _UNCERTIFIED = (
 _FREE_BYTES, _FREE_VECTORS = 1 << 28, 300
 # Vectors of memory beside the basis: the next one, the product, and what the algorithm works in.
 _SPARE = 3
-# The same where the basis is on disk, with what the operator holds meanwhile.
-_WITHOUT_BASIS = 8
+# More of them where the basis is on disk: what the operator holds meanwhile.
+_WITHOUT_BASIS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,6 +205,7 @@ def eigsh(
     ncv: int | None = None,
     memory_budget: int | None = None,
     basis: Basis = "auto",
+    block_size: int = 1,
     v0: Any = None,
     certify: bool = True,
     seed: int = 0,
@@ -247,6 +248,10 @@ def eigsh(
         numbers are the same. "auto": on the device if a basis of the usual size fits; else on the
         host, if that is another memory and has the room; else a smaller one on the device, down to
         max(2 k, k + 8) vectors; else on disk. `notes` say what is slower than usual.
+    block_size
+        Products computed together in a step, in one pass over the data. Ten outliers take 32
+        products in 23 passes with 1, 37 in 17 with 2 and 47 in 14 with 4: for data that take long
+        to read, and for eigenvalues of which there are up to so many copies.
     v0
         Start vector (n,), or several as columns (n, p), such as the eigenvectors of an earlier
         checkpoint: their sum is where the search starts. Saves a few products at best.
@@ -287,9 +292,10 @@ def eigsh(
     References
     ----------
     Wu and Simon, 2000, "Thick-restart Lanczos method for large symmetric eigenvalue problems".
-    Parlett, 1980, "The Symmetric Eigenvalue Problem" (residual bounds). Van Dorsselaer,
-    Hochstenbach and van der Vorst, 2000, "Computing probabilistic bounds for extreme eigenvalues of
-    symmetric matrices with the Lanczos method" (certificate).
+    Golub and Underwood, 1977, "The block Lanczos method for computing eigenvalues". Parlett, 1980,
+    "The Symmetric Eigenvalue Problem" (residual bounds). Van Dorsselaer, Hochstenbach and van der
+    Vorst, 2000, "Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with
+    the Lanczos method" (certificate).
 
     Examples
     --------
@@ -305,18 +311,19 @@ def eigsh(
     check_eigsh_arguments(space.n, k, which, above, tol)
     count = min(_DEFAULT_COUNT, space.n) if k is None and above is None else k
     target = Target(which, count, above)
+    _check_block_size(space.n, block_size)
     budget = 20 * target.expected + 200 if max_matvecs is None else max_matvecs
-    if budget < 2 * target.least:
-        msg = (
-            f"max_matvecs={budget} is too few: k steps and k residuals need at least "
-            f"{2 * target.least}"
-        )
+    least = min(-(-target.least // block_size) * block_size, space.n) + target.least
+    if budget < least:
+        msg = f"max_matvecs={budget} is too few: k steps and k residuals need at least {least}"
         raise ArgumentError(msg)
     generator = probes.seeded(seed)
-    place, capacity = placed_basis(space, target.expected, ncv, memory_budget, basis)
+    place, capacity = placed_basis(
+        space, target.expected, ncv, memory_budget, basis, block_size=block_size
+    )
     start = None if v0 is None else _start_vector(operator, v0)
     before = operator.matvecs
-    krylov = Krylov(operator, capacity, generator, start, place=place)
+    krylov = Krylov(operator, capacity, generator, start, place=place, block_size=block_size)
     held = space.describe_basis(krylov.rows)
     search = Search(krylov, target, tol, budget)
     options = {
@@ -326,6 +333,7 @@ def eigsh(
         "tol": tol,
         "max_matvecs": budget,
         "ncv": capacity,
+        "block_size": block_size,
         "certify": certify,
     }
 
@@ -376,7 +384,9 @@ def eigsh(
     notes = [
         *search.notes,
         *_more_notes(search, values, residuals, claimed),
-        *_basis_notes(search, held, capacity if ncv else _usual_size(space, target.expected)),
+        *_basis_notes(
+            search, held, capacity if ncv else _usual_size(space, target.expected, block_size)
+        ),
     ]
     return result(
         rows,
@@ -447,62 +457,74 @@ def _basis_notes(search: Search, held: dict[str, Any], usual: int) -> list[str]:
     return []
 
 
-def _usual_size(space: VectorSpace, k: int) -> int:
+def _usual_size(space: VectorSpace, k: int, block_size: int) -> int:
     """How many basis vectors to hold where memory is no matter."""
     # By what a whole vector takes: of parts that are not equally long processes make others.
     free = min(_FREE_BYTES // space.whole_vector_bytes, _FREE_VECTORS)
-    return min(space.n, max(8 * k, 80, free))
+    return min(space.n, max(8 * k, 8 * block_size, 80, free))
 
 
 def placed_basis(
-    space: VectorSpace, k: int, ncv: int | None, memory_budget: int | None, basis: Basis
+    space: VectorSpace,
+    k: int,
+    ncv: int | None,
+    memory_budget: int | None,
+    basis: Basis,
+    *,
+    block_size: int = 1,
 ) -> tuple[Place, int]:
     """Where to hold how many basis vectors."""
     n = space.n
+    # Of a block more vectors wait, and have their products beside them.
+    fewest, spare = min(k + 1 + block_size, n), _SPARE + 2 * (block_size - 1)
     if basis not in get_args(Basis):
         msg = f"basis={basis!r}; expected one of {', '.join(map(repr, get_args(Basis)))}"
         raise ArgumentError(msg)
     if ncv is not None and memory_budget is not None:
         msg = "ncv and memory_budget say the same in vectors and in bytes; give one of them"
         raise ArgumentError(msg)
-    usual, sensible = _usual_size(space, k), min(max(2 * k, k + 8), n)
+    usual = _usual_size(space, k, block_size)
+    sensible = min(max(2 * k, k + 8, 2 * block_size, fewest), n)
     room = None
     if memory_budget is not None:
-        room = _vectors_in(memory_budget, space, k, basis)
-        if basis in {"device", "host"} or (basis == "auto" and room - _SPARE >= sensible):
-            return "device" if basis == "auto" else basis, min(room - _SPARE, n)
+        room = _vectors_in(memory_budget, space, k, basis, least=fewest + spare, spare=spare)
+        if basis in {"device", "host"} or (basis == "auto" and room - spare >= sensible):
+            return "device" if basis == "auto" else basis, min(room - spare, n)
     if ncv is not None:
         if not isinstance(ncv, int | np.integer):
             msg = f"ncv={ncv!r}; expected an integer number of basis vectors"
             raise ArgumentTypeError(msg)
-        if ncv < min(k + 2, n):
-            msg = f"ncv={ncv} is too small for k={k}; expected at least k + 2"
+        if ncv < fewest:
+            more = "2" if block_size == 1 else f"1 + block_size = {fewest}"
+            msg = f"ncv={ncv} is too small for k={k}; expected at least k + {more}"
             raise ArgumentError(msg)
         usual = sensible = min(int(ncv), n)
     if basis == "auto":
-        place, fitting = space.place(usual, sensible, spare=_SPARE, room=room)
+        place, fitting = space.place(usual, sensible, spare=spare, room=room)
         if fitting >= sensible:
             return place, fitting
-        return "disk" if room is not None else space.place_for(sensible, spare=_SPARE), sensible
+        return "disk" if room is not None else space.place_for(sensible, spare=spare), sensible
     if ncv is not None:
         return basis, usual
-    # What is below k + 2 cannot work at all: then let the allocation fail and say how much it was.
-    fitting = max(space.affordable(basis) - _SPARE, k + 2 + CERTIFICATE_STEPS)
+    # What is below that cannot work at all: then let the allocation fail and say how much it was.
+    fitting = max(space.affordable(basis) - spare, fewest + CERTIFICATE_STEPS)
     return basis, min(usual, fitting)
 
 
-def _vectors_in(memory_budget: int, space: VectorSpace, k: int, basis: Basis) -> int:
+def _vectors_in(
+    memory_budget: int, space: VectorSpace, k: int, basis: Basis, *, least: int, spare: int
+) -> int:
     """How many vectors a budget of memory holds, if that is enough."""
     size = max(1, space.vector_bytes)
-    room, least = int(space.agreed(memory_budget // size)), min(k + 2, space.n) + _SPARE
-    elsewhere = basis in {"auto", "disk"}
-    if room < (min(least, _WITHOUT_BASIS) if elsewhere else least):
+    room = int(space.agreed(memory_budget // size))
+    elsewhere, without_basis = basis in {"auto", "disk"}, spare + _WITHOUT_BASIS
+    if room < (min(least, without_basis) if elsewhere else least):
         msg = (
-            f"memory_budget={memory_budget:,} bytes holds {max(room - _SPARE, 0)} vectors of "
+            f"memory_budget={memory_budget:,} bytes holds {max(room - spare, 0)} vectors of "
             f"{size:,} bytes; {k} eigenpairs take at least {least * size:,}"
         )
-        if elsewhere and _WITHOUT_BASIS < least:
-            msg += f", or {_WITHOUT_BASIS * size:,} with their basis on disk"
+        if elsewhere and without_basis < least:
+            msg += f", or {without_basis * size:,} with their basis on disk"
         raise ArgumentError(msg)
     return room
 
@@ -541,6 +563,15 @@ def check_eigsh_arguments(
             f"above={above} with which={which!r}; the threshold is a distance from zero there, and "
             "not negative"
         )
+        raise ArgumentError(msg)
+
+
+def _check_block_size(n: int, block_size: int) -> None:
+    if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer):
+        msg = f"block_size={block_size!r}; expected an integer number of products"
+        raise ArgumentTypeError(msg)
+    if not 1 <= block_size <= n:
+        msg = f"block_size={block_size}, but the operator is {n:,} x {n:,}; expected 1 to {n:,}"
         raise ArgumentError(msg)
 
 

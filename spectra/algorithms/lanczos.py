@@ -1,6 +1,9 @@
 """How does a Krylov space grow? Lanczos steps with full reorthogonalisation, kept in one basis.
 
-    H V = V T + β v eᵀ          (V orthonormal, v the next basis vector)
+    H V = V T + W R Eᵀ          (V orthonormal, the rows of W are the next basis vectors)
+
+W is one vector and R a number β, or W is a block: then the products are computed together, E has
+the last columns of the identity, and T is a band.
 
 Precision policy: the basis has the operator's dtype, T and everything computed from it is float64,
 projections accumulate in float64, thresholds are relative to ‖T‖ and the basis' eps.
@@ -8,7 +11,8 @@ projections accumulate in float64, thresholds are relative to ‖T‖ and the ba
 References: Lanczos, 1950, "An iteration method for the solution of the eigenvalue problem"; Daniel,
 Gragg, Kaufman and Stewart, 1976, "Reorthogonalization and stable algorithms for updating the
 Gram-Schmidt QR factorization"; Wu and Simon, 2000, "Thick-restart Lanczos method for large
-symmetric eigenvalue problems".
+symmetric eigenvalue problems"; Golub and Underwood, 1977, "The block Lanczos method for computing
+eigenvalues".
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +72,9 @@ class RitzPairs:
 class Krylov:
     """An orthonormal basis that grows by one vector per product, and the projection of H on it.
 
+    Some vectors wait: a step multiplies them, they join the basis, and what is left of their
+    products waits in their place.
+
     Parameters
     ----------
     operator
@@ -82,6 +89,9 @@ class Krylov:
         Orthonormal rows (r, n); the Krylov space is that of H restricted to their complement.
     place
         Where the basis lives; by default where all of it fits best, see `VectorSpace.place`.
+    block_size
+        Vectors that are multiplied together. `start` is the first of them, the others are random.
+        Memory is (capacity + 2 block_size) n, where there is more than one.
     """
 
     def __init__(
@@ -93,6 +103,7 @@ class Krylov:
         complement_of: Tensor | None = None,
         *,
         place: Place | None = None,
+        block_size: int = 1,
     ) -> None:
         self._operator = operator
         self.space = operator.space
@@ -100,8 +111,8 @@ class Krylov:
         self._outside = complement_of
         self.dimension = self.space.n - (0 if complement_of is None else len(complement_of))
         self.capacity = min(capacity, self.dimension)
-        # One row more than the capacity: the next basis vector waits there.
-        self._rows = self.space.basis(min(self.capacity + 1, self.dimension), place)
+        # More rows than the capacity: the next basis vectors wait there.
+        self._rows = self.space.basis(min(self.capacity + block_size, self.dimension), place)
         self.projection = np.zeros((self.capacity, self.capacity))
         self.size = 0
         self.beta = 0.0
@@ -113,7 +124,9 @@ class Krylov:
         """How unsymmetric the first products were."""
         # Residuals of the first basis vectors towards directions that a fresh start has dropped.
         self._dropped = np.zeros(0)
-        # The last two vectors of the basis are neighbours: β couples them, and nothing else.
+        # R: of the vectors that wait (rows) with the products of the last step (columns).
+        self._coupling = np.zeros((0, 0))
+        # R couples the last step to those that wait, and nothing else does.
         self._neighbours = False
         # Norm of the last product.
         self._size = 0.0
@@ -125,6 +138,11 @@ class Krylov:
             if complement_of is not None:
                 self.space.remove(start, complement_of)
             self._rows[0] = start.div_(self.space.norm(start))
+        self.waiting = 1
+        """How many vectors the next step multiplies; 0 if the basis is complete."""
+        while self.waiting < min(block_size, self.capacity):
+            self._rows[self.waiting] = self._fresh_direction()
+            self.waiting += 1
 
     @property
     def basis(self) -> Tensor:
@@ -139,7 +157,7 @@ class Krylov:
     @property
     def full(self) -> bool:
         """No further step fits."""
-        return self.size == self.capacity
+        return self.size + max(1, self.waiting) > self.capacity
 
     @property
     def complete(self) -> bool:
@@ -147,46 +165,77 @@ class Krylov:
         return self.size == self.dimension
 
     def step(self) -> None:
-        """Add the waiting vector to the basis: one product."""
-        j, vector = self.size, None
-        if (known := self._log.step(self)) is not None:
-            coefficients, norm = known
-            self.size = j + 1
-        else:
-            vector = self._product(j)
-            self.size = j + 1
-            coefficients, norm = self._orthogonalise(vector)
-            self._log.add(coefficients, norm, self.noise)
-        self.projection[: j + 1, j] = self.projection[j, : j + 1] = coefficients
-        scale = float(np.abs(self.projection[: j + 1, : j + 1]).max(initial=0.0))
-        self.exhausted = norm <= max(10 * self.space.eps, _ROUNDING) * scale
-        self.beta = 0.0 if self.exhausted else norm
+        """Add the waiting vectors to the basis: one product each."""
+        first, count = self.size, self.waiting
+        known = self._log.step(self)
+        products: list[Tensor | None] = [None] * count
+        if known is None:
+            products[:] = self._products()
+        self.size += count
+        before = _Step(first, self._coupling if self._neighbours else None, self._size)
+        self.waiting, self._coupling = 0, np.zeros((count, count))
+        taken: list[tuple[np.ndarray, float]] = []
+        for i, vector in enumerate(products):
+            if vector is not None:
+                taken.append(self._orthogonalise(vector, first + i, before))
+            coefficients, norm = taken[i] if known is None else known[i]
+            self._project(first + i, coefficients[: self.size])
+            self._coupling[: self.waiting, i] = coefficients[self.size :]
+            if self.size + self.waiting < self.dimension and not self._negligible(norm):
+                self._coupling[self.waiting, i] = norm
+                self._wait(vector, norm)
+        if known is None:
+            self._log.add(taken, self.noise)
+        self._coupling = self._coupling[: self.waiting]
+        self.beta = float(np.linalg.norm(self._coupling))
+        self.exhausted = self.waiting == 0
         self._neighbours = not self.exhausted
-        if self.complete:
-            self.beta, self.exhausted = 0.0, True
-        elif vector is None:
+        if self.exhausted and not self.complete:
+            self._start_afresh()
+
+    def _products(self) -> list[Tensor]:
+        """H times the vectors that wait: one goes where the next one is to be, if that can be."""
+        place, space = slice(self.size, self.size + self.waiting), self.space
+        if self.waiting > 1:
+            return list(self._operator.apply(space.local(self._rows[place]).T).T)
+        last, following = space.local(self._rows[self.size]), self._rows[self.size + 1 :]
+        if len(following) and space.place_of(self._rows) == "device":
+            self._operator.apply_into(last, following[0])
+            return [following[0]]
+        return [self._operator.apply(last)]
+
+    def _project(self, j: int, coefficients: np.ndarray) -> None:
+        """What the product with basis vector number `j` says of T."""
+        known = slice(len(coefficients))
+        self.projection[known, j] = self.projection[j, known] = coefficients
+
+    def _negligible(self, norm: float) -> bool:
+        """What is left of a product is rounding: it lies in the span."""
+        scale = float(np.abs(self.projection[: self.size, : self.size]).max(initial=0.0))
+        return norm <= max(10 * self.space.eps, _ROUNDING) * scale
+
+    def _wait(self, vector: Tensor | None, norm: float) -> None:
+        """What is left of a product is the next vector."""
+        following = self.size + self.waiting
+        self.waiting += 1
+        if vector is None:
             # A resumed run finds the vectors themselves at its last restart.
             return
-        elif self.exhausted:
+        vector.div_(norm)
+        if vector.data_ptr() != self._rows[following].data_ptr():
+            self._rows[following] = vector
+
+    def _start_afresh(self) -> None:
+        """Nothing led out of the span: a random direction does."""
+        self.waiting = 0
+        if not self.hollow:
             self._rows[self.size] = self._fresh_direction()
-        else:
-            vector.div_(norm)
-            if vector.data_ptr() != self._rows[self.size].data_ptr():
-                self._rows[self.size] = vector
+        self.waiting = 1
 
     @property
     def hollow(self) -> bool:
         """The vectors are not there: those of a run that is being resumed, before its end."""
         return self._log.replaying
-
-    def _product(self, j: int) -> Tensor:
-        """H times basis vector number `j`: where the next one is to be, if that is at hand."""
-        last = self.space.local(self._rows[j])
-        if j + 1 < len(self._rows) and self.space.place_of(self._rows) == "device":
-            following = self._rows[j + 1]
-            self._operator.apply_into(last, following)
-            return following
-        return self._operator.apply(last)
 
     def extended(self, operator: SymmetricOperator, capacity: int) -> Self:
         """A copy with room for `capacity` vectors that goes on with `operator`."""
@@ -205,25 +254,26 @@ class Krylov:
     def ritz(self) -> RitzPairs:
         """Eigenpairs of the projection, at the cost of a small dense eigenproblem."""
         values, coefficients = np.linalg.eigh(self.projection[: self.size, : self.size])
-        residuals = self.beta * np.abs(coefficients[-1])
+        last = coefficients[self.size - self._coupling.shape[1] :]
+        residuals = np.linalg.norm(self._coupling @ last, axis=0)
         return RitzPairs(values, coefficients, np.hypot(residuals, self._inherited(coefficients)))
 
     def restart(self, pairs: RitzPairs, keep: np.ndarray) -> RitzPairs:
-        """Shrink the basis to the chosen Ritz vectors and go on from the same next vector.
+        """Shrink the basis to the chosen Ritz vectors and go on from the same next vectors.
 
         Returns the pairs that are left, in terms of the new basis.
         """
         self._log.look(self._rows)
         beta, exhausted = self.beta, self.exhausted
         following = None
-        if not self.hollow and self.size < len(self._rows):
-            following = self._rows[self.size].clone()
+        if not self.hollow:
+            following = self._rows[self.size : self.size + self.waiting].clone()
         left = self._shrink(pairs, keep)
-        # What couples the kept vectors to the next one comes out of its own projection.
+        # What couples the kept vectors to the next ones comes out of their own projection.
         self.beta, self.exhausted = beta, exhausted
         if following is not None:
-            self._rows[self.size] = following
-        self._log.restarted(self._rows[: self.size + 1], self._generator)
+            self._rows[self.size : self.size + self.waiting] = following
+        self._log.restarted(self._rows[: self.size + self.waiting], self._generator)
         return left
 
     def restart_fresh(self, pairs: RitzPairs, keep: np.ndarray) -> RitzPairs:
@@ -235,8 +285,7 @@ class Krylov:
         left = self._shrink(pairs, keep)
         self._dropped = left.residuals
         self.beta, self.exhausted = 0.0, True
-        if not self.hollow:
-            self._rows[self.size] = self._fresh_direction()
+        self._start_afresh()
         self._log.restarted(self._rows[: self.size + 1], self._generator)
         return left
 
@@ -247,6 +296,7 @@ class Krylov:
         self._dropped = self._inherited(pairs.coefficients[:, keep])
         self.size = len(keep)
         self._neighbours = False
+        self._coupling = np.zeros((0, 0))
         self.projection[:] = 0.0
         self.projection[range(self.size), range(self.size)] = pairs.values[keep]
         return RitzPairs(pairs.values[keep], np.eye(self.size), pairs.residuals[keep])
@@ -258,58 +308,64 @@ class Krylov:
         )
         return inherited
 
-    def _orthogonalise(self, vector: Tensor) -> tuple[np.ndarray, float]:
-        """Take the basis out of a product in place: coefficients, and the norm that is left.
+    def _orthogonalise(self, vector: Tensor, j: int, before: _Step) -> tuple[np.ndarray, float]:
+        """Take the basis, and what waits, out of the product with vector number `j`, in place.
 
-        What goes on is decided by one block of numbers in each pass, for which an accelerator has
-        to be waited for; nearly always there is one pass.
+        Returns its coefficients and the norm that is left. What goes on is decided by one block of
+        numbers in each pass, for which an accelerator has to be waited for; nearly always there is
+        one pass.
         """
-        space, basis = self.space, self.basis
+        space, basis = self.space, self._rows[: self.size + self.waiting]
         held = [basis] if self._outside is None else [basis, self._outside]
-        # The two components that three-term recurrence knows of, so that the projection on the
-        # whole basis finds next to nothing and one pass of it is usually enough.
-        near = basis[-2:] if self._neighbours else basis[-1:]
-        along_last = space.dot(space.local(basis[-1]), vector).reshape(1)
-        along_first = along_last.new_full((len(near) - 1,), self.beta)
-        space.subtract(vector, near, torch.cat([along_first, along_last]))
-        coefficients = np.zeros(self.size)
+        # The components that the recurrence knows of, so that the projection on the whole basis
+        # finds next to nothing and one pass of it is usually enough.
+        couplings = () if before.coupling is None else before.coupling[j - before.size]
+        step, earlier = slice(before.size, self.size), before.size - len(couplings)
+        along = [space.dot(space.local(row), vector).reshape(1) for row in self._rows[step]]
+        known = [along[0].new_full((1,), float(coupling)) for coupling in couplings]
+        space.subtract(vector, self._rows[earlier : self.size], torch.cat([*known, *along]))
+        coefficients = np.zeros(len(basis))
         for i in range(3):
             corrections = [space.project(rows, vector) for rows in held]
             for rows, correction in zip(held, corrections, strict=True):
                 space.subtract(vector, rows, correction)
             left = space.length_of(vector).reshape(1)
-            block = torch.cat([*corrections, left, along_last]).cpu().numpy()
+            block = torch.cat([*along, *corrections, left]).cpu().numpy()
             if not np.isfinite(block).all():
-                self.size -= 1
-                self._operator.refuse_non_finite(space.local(basis[-1]))
-            coefficients += block[: self.size]
-            norm, before = float(block[-2]), math.hypot(*block[:-1])
+                self.size, self.waiting = before.size, self.size - before.size
+                self._operator.refuse_non_finite(space.local(self._rows[j]))
+            found = block[len(along) :]
+            coefficients += found[: len(basis)]
+            norm, length = float(found[-1]), math.hypot(*found)
             if i == 0:
-                coefficients[-1] += block[-1]
-                self._learn(coefficients, math.hypot(before, block[-1]), corrections)
-            if norm >= _CANCELLATION * before:
+                coefficients[step] += block[: len(along)]
+                coefficients[earlier : before.size] += couplings
+                size = math.hypot(length, *block[: len(along)], *couplings)
+                if j == self.size - 1:
+                    self._learn(coefficients, size, before)
+                if self.size == 1 and self._outside is not None:
+                    self.mixed = (corrections[1], size)
+            if norm >= _CANCELLATION * length:
                 return coefficients, norm
         # What the passes left was their own rounding: the vector lies in the span.
         return coefficients, 0.0
 
-    def _learn(self, coefficients: np.ndarray, size: float, corrections: list[Tensor]) -> None:
-        """What else a product tells: of its noise, and of the complement where it has strayed."""
-        if self._neighbours:
-            coefficients[-2] += self.beta
-            size = math.hypot(size, self.beta)
-            # Of one symmetric matrix: vᵀ(Hu) was the β that led to v, and uᵀ(Hv) is a coefficient.
-            if not self.noise.settled:
-                defect = coefficients[-2] - self.beta
-                sizes = (self._size, size)
-                self.noise.add(defect, sizes, self.space.eps, across=self.beta)
-        if self.size == 1 and self._outside is not None:
-            self.mixed = (corrections[1], size)
+    def _learn(self, coefficients: np.ndarray, size: float, before: _Step) -> None:
+        """What the last product of a step tells of the noise, beside the last one before it."""
         self._size = size
+        if before.coupling is None or self.noise.settled:
+            return
+        # Of one symmetric matrix: vᵀ(Hu) led to v, and uᵀ(Hv) is a coefficient. Where the last of
+        # both steps do not belong together, v has none of the error of Hu.
+        coupling = float(before.coupling[-1, -1])
+        defect = float(coefficients[before.size - 1]) - coupling
+        self.noise.add(defect, (before.length, size), self.space.eps, across=coupling)
 
     def _fresh_direction(self) -> Tensor:
         """A random unit vector orthogonal to everything held so far."""
         space = self.space
-        held = [rows for rows in (self._outside, self.basis) if rows is not None]
+        basis = self._rows[: self.size + self.waiting]
+        held = [rows for rows in (self._outside, basis) if rows is not None]
         while True:
             vector = probes.sphere(space, self._generator)
             for _ in range(2):
@@ -322,6 +378,24 @@ class Krylov:
                 for rows in held:
                     space.subtract(vector, rows, space.project(rows, vector))
                 return vector.div_(space.norm(vector))
+
+
+class _Step(NamedTuple):
+    """What the step before left behind.
+
+    Attributes
+    ----------
+    size
+        Of the basis.
+    coupling
+        R, None where it says nothing of what comes next.
+    length
+        Of its last product.
+    """
+
+    size: int
+    coupling: np.ndarray | None
+    length: float
 
 
 class _Log:
@@ -349,23 +423,24 @@ class _Log:
         if self._journal is not None and self._known is None and not self._steps:
             self._known = self._journal.recall(_RESTARTED, into=rows)
 
-    def step(self, krylov: Krylov) -> tuple[np.ndarray, float] | None:
-        """Coefficients and norm of the next step if they are known."""
+    def step(self, krylov: Krylov) -> list[tuple[np.ndarray, float]] | None:
+        """Coefficients and norm of every product of the next step if they are known."""
         self.look(krylov.rows)
         if self._known is None:
             return None
-        coefficients, norm, noise = self._known["steps"][len(self._steps)]
+        products, noise = self._known["steps"][len(self._steps)]
         self._steps.append(None)
         krylov.noise.state = tuple(noise)
-        return np.array(coefficients), norm
+        return [(np.array(coefficients), norm) for coefficients, norm in products]
 
-    def add(self, coefficients: np.ndarray, norm: float, noise: Noise) -> None:
+    def add(self, products: list[tuple[np.ndarray, float]], noise: Noise) -> None:
         """Note a step that was computed."""
         if self._journal is not None:
-            self._steps.append((coefficients.tolist(), norm, list(noise.state)))
+            numbers = [(coefficients.tolist(), norm) for coefficients, norm in products]
+            self._steps.append((numbers, list(noise.state)))
 
     def restarted(self, rows: Tensor, generator: torch.Generator) -> None:
-        """The basis was shrunk to `rows`, the last of which is the next vector."""
+        """The basis was shrunk to `rows`, the last of which are the next vectors."""
         journal = self._journal
         if journal is None:
             return
@@ -374,7 +449,7 @@ class _Log:
         else:
             state = bytes(generator.get_state().numpy()).hex()
             value = {"steps": self._steps, "generator": state}
-            count = len(self._steps)
+            count = sum(len(products) for products, _ in self._steps)
             journal.condense(self._begin, _RESTARTED, value, matvecs=count, rows=rows)
         self._known, self._steps, self._begin = None, [], journal.position
 

@@ -131,7 +131,7 @@ class Search:
         krylov = self.krylov
         # A complete basis leaves nothing to converge: its Ritz pairs are all the eigenpairs.
         self.converged = krylov.complete
-        while self._steps_left > 0 and not krylov.complete:
+        while self._steps_left >= max(1, krylov.waiting) and not krylov.complete:
             if krylov.full and not self._restart():
                 return
             self._step()
@@ -224,9 +224,10 @@ class Search:
         return self._budget - self.steps - wanted
 
     def _step(self) -> None:
+        before = self.krylov.size
         self.krylov.step()
-        self.steps += 1
-        self.bar.update()
+        self.steps += self.krylov.size - before
+        self.bar.update(self.krylov.size - before)
 
     def _tell(self, pairs: RitzPairs) -> None:
         """Show the wanted pairs as they stand."""
@@ -256,11 +257,11 @@ class Search:
 
     def _kept(self, values: np.ndarray) -> np.ndarray | None:
         """Which Ritz vectors a restart keeps: 40 % of the basis did best in the study."""
-        capacity = self.krylov.capacity
+        capacity, waiting = self.krylov.capacity, self.krylov.waiting
         wanted = len(self.target.choose(values))
-        if wanted > capacity - 2:
+        if wanted > capacity - waiting - 1:
             return None
-        keep = min(max(wanted + 3, round(0.4 * capacity)), capacity - 1)
+        keep = min(max(wanted + 3, round(0.4 * capacity)), capacity - waiting)
         return _wanted(values, keep, self.target.which)
 
     def _chosen_values(self, pairs: RitzPairs) -> np.ndarray:

@@ -38,6 +38,7 @@ from tests.cases.matrices import (
     s5,
     semicircle,
     tanh_network,
+    torch_operator,
     wilkinson,
 )
 
@@ -644,6 +645,112 @@ def test_the_basis_holds_the_whole_space_of_a_small_matrix():
     assert pairs.matvecs <= 30 + 4
 
 
+# --- blocks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+@pytest.mark.parametrize("make", [s1, s2, s3, s5], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("block_size", [2, 4, 7])
+def test_blocks_find_the_same_pairs(make, which, block_size):
+    values = make(300)
+    for ncv in (None, 60):
+        pairs = spectra.eigsh(
+            Rotated(values), 6, which=which, ncv=ncv, max_matvecs=2000, block_size=block_size
+        )
+        assert pairs.converged.all()
+        assert pairs.values == pytest.approx(wanted(values, 6, which), rel=1e-4, abs=1e-4)
+        assert pairs.basis_size <= (ncv or 300)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 9])
+@pytest.mark.parametrize("n", [1, 2, 9, 13])
+def test_blocks_of_a_space_that_is_soon_complete(n, k):
+    matrix = dense(np.linspace(-3, 8, n))
+    for block_size in range(1, n + 1):
+        if k <= n:
+            pairs = spectra.eigsh(matrix, k, which="LA", block_size=block_size, tol=1e-10)
+            assert pairs.converged.all()
+            assert pairs.values == pytest.approx(np.linalg.eigvalsh(matrix)[::-1][:k], abs=1e-12)
+
+
+@pytest.mark.parametrize("matrix", [np.zeros((9, 9)), 3 * np.eye(9), np.ones((9, 9))])
+@pytest.mark.parametrize("block_size", [2, 3, 9])
+def test_blocks_without_a_way_on(matrix, block_size):
+    pairs = spectra.eigsh(matrix, 4, which="LA", block_size=block_size)
+    assert pairs.values == pytest.approx(np.linalg.eigvalsh(matrix)[::-1][:4], abs=1e-12)
+    assert pairs.converged.all()
+
+
+def test_a_block_sees_as_many_copies_without_a_search_for_missed_ones():
+    values = s5(300)  # 50, 20, 10 and 5, three times each
+    for seed in range(10):
+        pairs = spectra.eigsh(Rotated(values), 4, block_size=3, certify=False, seed=seed)
+        assert pairs.values == pytest.approx([50, 50, 50, 20], rel=1e-5)
+        alone = spectra.eigsh(Rotated(values), 4, certify=False, seed=seed)
+        assert alone.values == pytest.approx([50, 20, 10, 5], rel=1e-5)
+
+
+@pytest.mark.parametrize(("make", "which"), [(s1, "LA"), (s3, "LA"), (s1, "SA")])
+def test_blocks_ask_for_products_that_much_less_often(make, which):
+    passes, products = {}, {}
+    for block_size in (1, 4):
+        h, calls = torch_operator(make(400)), []
+        multiply = h._products
+        h._products = lambda rows, multiply=multiply, calls=calls: (
+            calls.append(len(rows)) or multiply(rows)
+        )
+        h._products_into = lambda rows, out, h=h: out.copy_(h._products(rows))
+        pairs = spectra.eigsh(h, 10, which=which, block_size=block_size)
+        passes[block_size], products[block_size] = len(calls), pairs.matvecs
+        assert sum(calls) == pairs.matvecs
+    assert passes[4] < 0.65 * passes[1]
+    assert products[4] < 2 * products[1]
+
+
+@pytest.mark.parametrize("block_size", [2, 4])
+def test_blocks_stay_within_the_budget_of_products(block_size):
+    for budget in range(24, 60, 3):
+        pairs = spectra.eigsh(Rotated(s1(300)), 10, max_matvecs=budget, block_size=block_size)
+        assert pairs.matvecs <= budget
+        assert len(pairs) == 10
+
+
+@pytest.mark.parametrize("which", ["LM", "SA"])
+def test_blocks_with_their_basis_on_disk_are_the_same_to_the_last_bit(which):
+    here, there = (
+        spectra.eigsh(torch_operator(s2(200)), 5, which=which, ncv=16, block_size=3, basis=basis)
+        for basis in ("device", "disk")
+    )
+    assert np.array_equal(here.values, there.values)
+    assert torch.equal(here.vectors, there.vectors)
+    assert here.matvecs == there.matvecs
+
+
+def test_the_memory_of_a_block_counts():
+    values = s1(1000)
+    for block_size in (1, 2, 5):
+        budget = 40 * values.nbytes
+        pairs = spectra.eigsh(Rotated(values), 8, memory_budget=budget, block_size=block_size)
+        assert pairs.basis_size == 40 - 3 - 2 * (block_size - 1)
+        assert pairs.converged.all()
+
+
+@pytest.mark.parametrize("relative", [1e-3, 1e-2])
+def test_the_noise_of_products_in_blocks_is_found_out(relative):
+    found = [
+        spectra.eigsh(Noisy(s1(1000), relative), 10, which="LA", block_size=3, seed=seed).noise
+        for seed in range(5)
+    ]
+    assert np.median(found) == pytest.approx(relative, rel=0.5)
+
+
+@pytest.mark.parametrize("block_size", [2, 3])
+def test_blocks_of_a_networks_hessian_agree_with_its_dense_one(block_size):
+    h, reference = tanh_network()
+    pairs = spectra.eigsh(h, 4, which="LA", block_size=block_size, tol=1e-6)
+    assert pairs.values == pytest.approx(np.linalg.eigvalsh(reference)[::-1][:4], rel=1e-6)
+
+
 # --- missed eigenvalues -----------------------------------------------------------------------
 
 
@@ -1057,6 +1164,12 @@ def test_single_precision_is_right_at_two_million_entries():
         ({"tol": float("nan")}, ArgumentError, r"tol=nan; expected a positive"),
         ({"tol": "tight"}, ArgumentError, r"tol='tight'; expected a positive"),
         ({"ncv": 3}, ArgumentError, r"ncv=3 is too small for k=2; expected at least k \+ 2"),
+        ({"ncv": 5, "block_size": 4}, ArgumentError, r"ncv=5 .*at least k \+ 1 \+ block_size = 7"),
+        ({"block_size": 0}, ArgumentError, r"block_size=0, but the operator is 9 x 9; expected 1"),
+        ({"block_size": 10}, ArgumentError, r"block_size=10, .*expected 1 to 9"),
+        ({"block_size": 2.0}, ArgumentTypeError, r"block_size=2.0; expected an integer"),
+        ({"block_size": True}, ArgumentTypeError, r"block_size=True; expected an integer"),
+        ({"block_size": 3, "max_matvecs": 4}, ArgumentError, r"max_matvecs=4 .*at least 5"),
         ({"ncv": 4.5}, ArgumentTypeError, r"ncv=4.5; expected an integer"),
         ({"basis": "ram"}, ArgumentError, r"basis='ram'; expected one of 'auto', 'device', 'host'"),
         ({"seed": -1}, ArgumentError, r"seed=-1; expected an integer >= 0"),

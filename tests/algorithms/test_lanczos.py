@@ -90,6 +90,68 @@ def test_the_recurrence_holds_after_restarts(name):
         assert_is_krylov_relation(krylov, matrix)
 
 
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("width", [2, 3, 5])
+def test_a_block_has_the_same_relation_in_a_band(name, width):
+    matrix = MATRICES[name]
+    krylov = krylov_of(matrix, 20, steps=20 // width, block_size=width)
+    assert krylov.size == 20 // width * width
+    v, t = parts_of(krylov)
+    scale = np.abs(t).max()
+    assert np.abs(v.T @ v - np.eye(krylov.size)).max() < 1e-12
+    assert np.abs(v.T @ matrix @ v - t).max() < 1e-12 * scale
+    assert np.abs(np.triu(t, width + 1)).max() < 1e-12 * scale
+    # All but the last columns vanish; those lead to the vectors that wait.
+    rest = matrix @ v - v @ t
+    assert np.abs(rest[:, :-width]).max() < 1e-12 * scale
+    assert np.linalg.norm(rest) == pytest.approx(krylov.beta, abs=1e-12 * scale)
+    waiting = krylov.rows[krylov.size : krylov.size + krylov.waiting].numpy().T
+    assert np.abs(v.T @ waiting).max() < 1e-12
+    assert np.abs(rest - waiting @ (waiting.T @ rest)).max() < 1e-12 * scale
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_the_residuals_of_a_block_are_those_of_its_ritz_vectors_after_restarts_too(name):
+    matrix = MATRICES[name]
+    krylov = krylov_of(matrix, 18, steps=6, block_size=3)
+    for kept in (slice(-10, None), slice(None, None, 4), slice(13)):
+        keep = np.arange(krylov.size)[kept]
+        ritz = krylov.ritz()
+        x = parts_of(krylov)[0] @ ritz.coefficients
+        measured = np.linalg.norm(matrix @ x - x * ritz.values, axis=0)
+        assert ritz.residuals == pytest.approx(measured, abs=1e-12 * np.abs(ritz.values).max())
+        krylov.restart(ritz, keep)
+        while not krylov.full:
+            krylov.step()
+        v, t = parts_of(krylov)
+        assert np.abs(v.T @ v - np.eye(krylov.size)).max() < 1e-12
+        assert np.abs(v.T @ matrix @ v - t).max() < 1e-12 * np.abs(t).max()
+
+
+def test_a_block_shrinks_where_a_direction_leads_nowhere():
+    # Rank one: of three products two are combinations of what is there.
+    matrix = rank_one(20)
+    krylov = Krylov(operator(matrix), 12, seeded(0), block_size=3)
+    krylov.step()
+    assert krylov.size == 3
+    assert krylov.waiting == 1
+    while not krylov.full:
+        krylov.step()
+    v, t = parts_of(krylov)
+    assert np.abs(v.T @ v - np.eye(krylov.size)).max() < 1e-12
+    assert np.abs(v.T @ matrix @ v - t).max() < 1e-12 * np.abs(t).max()
+
+
+def test_a_block_ends_where_the_space_is_complete():
+    matrix = laplacian(11).toarray()
+    krylov = Krylov(operator(matrix), 11, seeded(0), block_size=4)
+    while not krylov.complete:
+        krylov.step()
+    assert krylov.waiting == 0
+    assert krylov.ritz().values == pytest.approx(np.linalg.eigvalsh(matrix), abs=1e-12)
+    assert krylov.ritz().residuals.max() == 0
+
+
 def test_many_restarts_leave_the_basis_orthonormal():
     matrix = dense(s1(120))
     krylov = krylov_of(matrix, 8)

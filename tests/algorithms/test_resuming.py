@@ -63,6 +63,9 @@ def path(tmp_path):
 QUESTIONS = {
     "eigsh with restarts": lambda H, pairs, **c: spectra.eigsh(H, k=5, ncv=12, tol=1e-6, **c),
     "eigsh, both ends": lambda H, pairs, **c: spectra.eigsh(H, k=4, which="BE", ncv=15, **c),
+    "eigsh in blocks": lambda H, pairs, **c: spectra.eigsh(
+        H, k=5, ncv=12, tol=1e-6, block_size=3, **c
+    ),
     "eigsh, a threshold": lambda H, pairs, **c: spectra.eigsh(H, above=0.15, ncv=50, **c),
     "trace": lambda H, pairs, **c: spectra.trace(H, rtol=0.02, **c),
     "trace, deflated": lambda H, pairs, **c: spectra.trace(

@@ -319,6 +319,7 @@ def asked(H: Any) -> dict[str, Any]:
         "diagonal": whole(diagonal.values).numpy(),
         "diagonal by layer": diagonal.parameter_traces,
         "solution": whole(solution.x).numpy(),
+        "in blocks": spectra.eigsh(H, 4, tol=1e-8, block_size=3, **ask).values,
         "norm": np.array([spectra.norm(H, **ask).value]),
         "by layer": analysis.blocks.parameter_traces,
         "masses": analysis.blocks.masses,
