@@ -113,8 +113,8 @@ class KnownPart(Protocol):
     square: float
     noted: list[np.ndarray]
 
-    def take_from(self, vector: Tensor, product: Tensor) -> None:
-        """Turn the product H `vector` into (H − M) `vector`, in place."""
+    def take_from(self, vectors: Tensor, products: Tensor) -> None:
+        """Turn products H z with some vectors, both as rows (k, n), into (H − M) z, in place."""
 
 
 class Nothing:
@@ -126,8 +126,8 @@ class Nothing:
     def __init__(self) -> None:
         self.noted: list[np.ndarray] = []
 
-    def take_from(self, vector: Tensor, product: Tensor) -> None:
-        """Leave the product as it is."""
+    def take_from(self, vectors: Tensor, products: Tensor) -> None:
+        """Leave the products as they are."""
 
 
 class Samples:
@@ -151,19 +151,24 @@ class Samples:
         return len(self._traces)
 
     def add(self, known: KnownPart, vector: Tensor, product: Tensor) -> None:
-        """Take in a probe z, uniform on a sphere of radius √n, and Hz, which is overwritten.
+        """Take in a probe z, uniform on a sphere of radius √n, and Hz, which is overwritten."""
+        self.add_each(known, vector.unsqueeze(0), product.unsqueeze(0))
+
+    def add_each(self, known: KnownPart, vectors: Tensor, products: Tensor) -> None:
+        """Take in several probes and their products, both as rows (k, n).
 
         The variance of zᵀAz on the sphere is 2n / (n + 2) (‖A‖_F² − tr(A)² / n), and that is twice
         the mean of ‖Az − (zᵀAz / n) z‖²: every probe tells the variance without a second one. That
         is far less uncertain than the spread of skewed samples, and no difference of large numbers.
         """
         space = self._space
-        known.take_from(vector, product)
-        inner = space.inner(vector, product)
-        self._traces.append(known.trace + inner)
-        self._squares.append(known.square + space.norm(product) ** 2)
-        product.add_(vector, alpha=-inner / space.norm(vector) ** 2)
-        self._variances.append(2 * space.norm(product) ** 2)
+        known.take_from(vectors, products)
+        for vector, product in zip(vectors, products, strict=True):
+            inner = space.inner(vector, product)
+            self._traces.append(known.trace + inner)
+            self._squares.append(known.square + space.norm(product) ** 2)
+            product.add_(vector, alpha=-inner / space.norm(vector) ** 2)
+            self._variances.append(2 * space.norm(product) ** 2)
 
     def since(self, count: int) -> list[tuple[float, float, float]]:
         """The samples after so many: of the trace, of the square, and the variance of each."""

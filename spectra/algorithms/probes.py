@@ -151,11 +151,12 @@ class Deflation:
     def __len__(self) -> int:
         return len(self.values)
 
-    def take_from(self, vector: Tensor, product: Tensor) -> None:
-        """Take the pairs out of the product with a `vector` that has no part in them, in place."""
-        length = self._space.norm(vector)
-        removed = self._space.remove(product, self.basis)
-        self.check(removed.parts / length, removed.before / length)
+    def take_from(self, vectors: Tensor, products: Tensor) -> None:
+        """Take the pairs out of products with vectors that have no part in them, in place."""
+        for vector, product in zip(vectors, products, strict=True):
+            length = self._space.norm(vector)
+            removed = self._space.remove(product, self.basis)
+            self.check(removed.parts / length, removed.before / length)
 
     def check(self, parts: Tensor, size: float) -> None:
         """Refuse pairs of another operator, from one product with a vector beside them all.
@@ -252,12 +253,11 @@ class Run:
 
     def probe(self, orthogonal_to: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A random vector z with ‖z‖² the dimension of where it lies, and Hz."""
-        return self.probes(1, orthogonal_to)[0]
+        vectors, products = self.probes(1, orthogonal_to)
+        return vectors[0], products[0]
 
-    def probes(
-        self, count: int, orthogonal_to: Tensor | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """So many of them, multiplied in one pass over the data."""
+    def probes(self, count: int, orthogonal_to: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """So many of them, multiplied in one pass over the data: rows (count, n), and H z."""
         dimension = self.space.n - (0 if orthogonal_to is None else len(orthogonal_to))
         vectors = self.space.empty(count)
         for vector in vectors:
@@ -267,7 +267,7 @@ class Run:
         self.count(count)
         for vector, product in zip(vectors, products, strict=True):
             self.noise.watch(self.space, vector, product)
-        return list(zip(vectors, products, strict=True))
+        return vectors, products
 
     def together(self, come: float) -> int:
         """How many probes are best multiplied together, where so many are to come."""
@@ -309,8 +309,7 @@ class Run:
         """More probes, of which a journal keeps the numbers only."""
 
         def add() -> None:
-            for vector, product in self.probes(count, orthogonal_to):
-                samples.add(known, vector, product)
+            samples.add_each(known, *self.probes(count, orthogonal_to))
 
         if current() is None or not self.noise.settled:
             # The first ones are compared with one another, which takes their vectors.

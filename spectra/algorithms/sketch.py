@@ -11,6 +11,7 @@ projected is float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -41,21 +42,30 @@ _MIN_SKETCH = 16
 
 
 class KrylovPart:
-    """M = Q T Qᵀ with T = QᵀHQ: the trace of the rest is sampled without bias for any Q and T."""
+    """M = Q T Qᵀ with T = QᵀHQ: the trace of the rest is sampled without bias for any Q and T.
 
-    def __init__(self, space: VectorSpace, krylov: Krylov) -> None:
-        core = krylov.projection[: krylov.size, : krylov.size]
-        self._space = space
-        self._rows = krylov.basis
-        self._core = torch.from_numpy(core.copy()).to(space.device)
+    Parameters
+    ----------
+    since
+        What is to be taken from products that have M of so many Krylov vectors taken from them.
+        Those have nothing to do with later ones, but for the last of them.
+    """
+
+    def __init__(self, space: VectorSpace, krylov: Krylov, since: int = 0) -> None:
+        core = krylov.projection[: krylov.size, : krylov.size].copy()
         self.trace = float(np.trace(core))
         self.square = float((core**2).sum())
+        first = max(since - 1, 0)
+        core[:since, :since] = 0.0
+        self._space = space
+        self._rows = krylov.basis[first:]
+        self._core = torch.from_numpy(core[first:, first:]).to(space.device)
         self.noted: list[np.ndarray] = []
 
-    def take_from(self, vector: Tensor, product: Tensor) -> None:
-        """Turn the product H `vector` into (H − M) `vector`, in place."""
-        coefficients = self._core @ self._space.project(self._rows, vector).to(self._core)
-        self._space.subtract(product, self._rows, coefficients)
+    def take_from(self, vectors: Tensor, products: Tensor) -> None:
+        """Turn products H z with some vectors, as rows (k, n), into (H − M) z, in place."""
+        projections = self._space.projections(self._rows, vectors)
+        self._space.subtract_each(products, self._rows, projections.to(self._core) @ self._core)
 
     def diagonal(self) -> Tensor:
         """The diagonal of M (n,)."""
@@ -77,8 +87,8 @@ def by_krylov(run: Run) -> tuple[Moments, str]:
     """
     if run.small:
         return run.exactly(), "n unit vectors"
-    probes = _first_probes(run)
-    samples = _sampled(run, probes, Nothing())
+    probes = _FirstProbes(run)
+    samples = probes.samples(None)
     krylov = _grow(run, probes, run.come(_moments(run, samples)))
     known: KnownPart = Nothing()
     label = "Hutchinson"
@@ -86,24 +96,56 @@ def by_krylov(run: Run) -> tuple[Moments, str]:
         known, label = KrylovPart(run.space, krylov), f"Hutchinson, {krylov.size} Krylov vectors"
         if krylov.complete:
             return run.known(known.trace, known.square), "Lanczos basis of the whole space"
-        samples = _sampled(run, probes, known)
-    probes.clear()
+        samples = probes.samples(krylov)
+    del probes
     moments = run.sample(samples, known)
     return moments, "n unit vectors" if moments.exact else label
 
 
-def _first_probes(run: Run) -> list[Tensor]:
-    """As many as an error takes, each with its product (2, n), where there is room for them all."""
-    probes = list(run.space.basis(2 * run.least).unflatten(0, (-1, 2)))
-    block = run.together(2 * len(probes))
-    for start in range(0, len(probes), block):
-        some = probes[start : start + block]
-        for rows, pair in zip(some, run.probes(len(some)), strict=True):
-            rows[0], rows[1] = pair
-    return probes
+class _FirstProbes:
+    """As many as an error takes, with what a Krylov space that grows leaves of their products."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._taken = run, 0
+        # Where there is room for them all.
+        self._rows = run.space.basis(2 * run.least).unflatten(0, (2, -1))
+        for some in self._blocks():
+            self._rows[0, some], self._rows[1, some] = run.probes(some.stop - some.start)
+
+    def __len__(self) -> int:
+        return self._rows.shape[1]
+
+    def samples(self, krylov: Krylov | None) -> Samples:
+        """What they say, the Krylov space taken out as far as it has grown."""
+        space, samples = self._run.space, Samples(self._run.space)
+        new: KnownPart = Nothing()
+        taken = _Taken(new)
+        if krylov is not None:
+            new = KrylovPart(space, krylov, self._taken)
+            taken, self._taken = _Taken(new), krylov.size
+        for some in self._blocks():
+            vectors, products = map(space.local, self._rows[:, some])
+            new.take_from(vectors, products)
+            if products.data_ptr() != self._rows[1, some].data_ptr():
+                self._rows[1, some] = products
+            samples.add_each(taken, vectors, products.clone())
+        return samples
+
+    def _blocks(self) -> Iterator[slice]:
+        step = self._run.together(2 * len(self))
+        for start in range(0, len(self), step):
+            yield slice(start, min(start + step, len(self)))
 
 
-def _grow(run: Run, probes: list[Tensor], come: float) -> Krylov | None:
+class _Taken(Nothing):
+    """A part that has been taken from the products already."""
+
+    def __init__(self, part: KnownPart) -> None:
+        super().__init__()
+        self.trace, self.square = part.trace, part.square
+
+
+def _grow(run: Run, probes: _FirstProbes, come: float) -> Krylov | None:
     """A basis for which no more is spent than on the probes that it leaves to come.
 
     At most half of the budget, and half of what the tolerance takes without it. A basis that does
@@ -114,7 +156,9 @@ def _grow(run: Run, probes: list[Tensor], come: float) -> Krylov | None:
     n, space = run.space.n, run.space
     whole = come > n <= min(run.left, _COMPLETE)
     wanted = n if whole else int(min(come / 2, run.left // 2))
-    place, capacity = space.place(wanted, wanted // 2, spare=2 * len(probes))
+    # From the disk a basis takes longer to be read than a product to be computed, and every probe
+    # reads it: a shorter one then.
+    place, capacity = space.place(wanted, _MIN_BASIS, spare=2 * len(probes))
     if capacity < _MIN_BASIS:
         return None
     krylov = Krylov(run.operator, capacity, run.generator, place=place)
@@ -134,8 +178,7 @@ def _grow(run: Run, probes: list[Tensor], come: float) -> Krylov | None:
         if krylov.size < check and not krylov.exhausted:
             continue
         check = krylov.size + max(2, krylov.size // 8)
-        samples = _sampled(run, probes, KrylovPart(space, krylov))
-        come = run.come(_moments(run, samples))
+        come = run.come(_moments(run, probes.samples(krylov)))
         if come <= krylov.size:
             break
         # Those at hand are redone with every basis, and so count for nothing in the comparison.
@@ -242,15 +285,17 @@ class _Range:
     def probe(self, count: int) -> None:
         """More probes in the complement of Q, kept with their products."""
         for _ in range(count):
-            vector, product = self._run.probe(self.rows)
-            self.take_from(vector, product)
+            vectors, products = self._run.probes(1, self.rows)
+            self.take_from(vectors, products)
             kept = self._space.basis(2, self._place)
-            kept[0], kept[1] = vector, product
+            kept[0], kept[1] = vectors[0], products[0]
             self._probes.append(kept)
 
-    def take_from(self, vector: Tensor, product: Tensor) -> None:
-        """Take Q out of the product with a `vector` in its complement, in place."""
-        self._space.remove(product, self.rows)
+    def take_from(self, vectors: Tensor, products: Tensor) -> None:
+        """Take Q out of products with vectors in its complement, in place."""
+        del vectors
+        for product in products:
+            self._space.remove(product, self.rows)
 
     def samples(self) -> Samples:
         """What the probes kept so far say, at the length of those drawn anew."""
@@ -393,14 +438,6 @@ def _outside(run: Run, rows: Tensor, product: Tensor) -> tuple[np.ndarray, Tenso
     if rest <= 10 * space.eps * length or len(rows) == space.n:
         return coefficients, None
     return coefficients, product.div_(rest)
-
-
-def _sampled(run: Run, probes: list[Tensor], known: KnownPart) -> Samples:
-    """The samples of probes kept with their products, with another part taken out."""
-    samples = Samples(run.space)
-    for vector, product in probes:
-        samples.add(known, run.space.local(vector), run.space.local(product).clone())
-    return samples
 
 
 def _moments(run: Run, samples: Samples) -> Moments:

@@ -50,15 +50,20 @@ class _Known:
                 self.parameter_traces += space.sums_by_parameter(part.diagonal())
         self.noted: list[np.ndarray] = []
 
-    def take_from(self, vector: Tensor, product: Tensor) -> None:
-        """Turn the product with a `vector` that has no part in the pairs into that of the rest."""
-        whole = inner_by_parameter(self._space, vector, product)
-        self._deflation.take_from(vector, product)
-        outside = rest = inner_by_parameter(self._space, vector, product)
+    def take_from(self, vectors: Tensor, products: Tensor) -> None:
+        """Turn products with vectors that have no part in the pairs into those of the rest."""
+        whole = self._by_parameter(vectors, products)
+        self._deflation.take_from(vectors, products)
+        outside = rest = self._by_parameter(vectors, products)
         if self._part is not None:
-            self._part.take_from(vector, product)
-            rest = inner_by_parameter(self._space, vector, product)
-        self.noted.append(self.parameter_traces + 2 * (whole - outside) + rest)
+            self._part.take_from(vectors, products)
+            rest = self._by_parameter(vectors, products)
+        self.noted.extend(self.parameter_traces + 2 * (whole - outside) + rest)
+
+    def _by_parameter(self, vectors: Tensor, products: Tensor) -> np.ndarray:
+        """(k, parameters): how each zᵀHz is shared among them."""
+        pairs = zip(vectors, products, strict=True)
+        return np.array([inner_by_parameter(self._space, *pair) for pair in pairs])
 
 
 class Shared:

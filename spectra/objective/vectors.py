@@ -300,6 +300,22 @@ class VectorSpace:
             total += torch.mv(rows, part)
         return self.summed(total)
 
+    def projections(self, basis: Tensor, vectors: Tensor) -> Tensor:
+        """As `project` of several vectors, rows (k, n), as rows (k, m): the basis is read once."""
+        exact, on_cpu = vectors.dtype == torch.float64, vectors.device.type == "cpu"
+        total = torch.zeros(len(vectors), len(basis), dtype=torch.float64, device=vectors.device)
+        for columns, rows in self.blocks(self.counted(basis)):
+            parts = vectors[:, columns]
+            apart = [None if exact or not on_cpu else _large_entries(part) for part in parts]
+            if any(large is not None for large in apart):
+                parts = parts.clone()
+                for i, large in enumerate(apart):
+                    if large is not None:
+                        total[i] += rows[:, large].double() @ parts[i, large].double()
+                        parts[i].index_fill_(0, large, 0.0)
+            total += parts @ rows.T
+        return self.summed(total)
+
     def gram(self, basis: Tensor) -> Tensor:
         """Inner products (m, m) float64 of the rows of `basis` with one another."""
         total = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=self.device)
@@ -321,6 +337,12 @@ class VectorSpace:
         coefficients = coefficients.to(x)
         for columns, rows in self.blocks(basis):
             x[columns].addmv_(rows.T, coefficients, alpha=-1.0)
+
+    def subtract_each(self, vectors: Tensor, basis: Tensor, coefficients: Tensor) -> None:
+        """As `subtract` from several vectors, rows (k, n), by rows of coefficients (k, m)."""
+        coefficients = coefficients.to(vectors)
+        for columns, rows in self.blocks(basis):
+            vectors[:, columns].addmm_(coefficients, rows, alpha=-1.0)
 
     def remove(self, x: Tensor, basis: Tensor) -> Removed:
         """Take the components along orthonormal rows away from `x`, in place.

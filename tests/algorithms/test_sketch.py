@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 import spectra
 from spectra.algorithms.lanczos import Krylov
@@ -57,8 +58,27 @@ def test_a_product_is_left_with_what_is_not_known(make):
     # In the complement, where Hutch++ draws its probes.
     z = 33**0.5 * sphere(h.space, seeded(1), part.rows if make is range_part else None)
     product = h.apply(z)
-    part.take_from(z, product)
+    part.take_from(z[None], product[None])
     assert product.numpy() == pytest.approx((matrix - known) @ z.numpy(), abs=1e-10)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("matrix", [dense(s3(40)), np.diag([3.0, 2.0, 2.0, *[0.0] * 37])])
+def test_what_a_basis_has_grown_by_is_all_that_is_left_to_take(matrix, steps):
+    # The second matrix exhausts its Krylov space, and goes on in random directions.
+    h = operator(matrix)
+    krylov, known = Krylov(h, 12, seeded(3)), 0
+    vectors = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 40)))
+    products = h.apply(vectors.T).T.clone()
+    while not krylov.full:
+        for _ in range(steps):
+            krylov.step()
+        part, known = KrylovPart(h.space, krylov, known), krylov.size
+        part.take_from(vectors, products)
+        whole, expected = KrylovPart(h.space, krylov), h.apply(vectors.T).T.clone()
+        whole.take_from(vectors, expected)
+        assert products.numpy() == pytest.approx(expected.numpy(), abs=1e-10)
+        assert (part.trace, part.square) == (whole.trace, whole.square)
 
 
 @pytest.mark.parametrize("make", [krylov_part, range_part, None])

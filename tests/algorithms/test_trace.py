@@ -587,7 +587,24 @@ def test_undeflated_and_deflated_at_once_is_refused(method):
 # --- where the basis is -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["auto", "hutch++", "xtrace"])
+def test_memory_for_few_vectors_makes_a_krylov_basis_short_but_does_not_put_it_on_disk(monkeypatch):
+    h = operator(Rotated(s1(2000), dtype=np.float32))
+    whole = spectra.trace(h)
+    assert whole.provenance["basis"]["vectors"] > 30
+    # Of 36 vectors in half of the memory the first probes take 10, with their products.
+    monkeypatch.setattr(vectors, "free_bytes", lambda device: 2 * 8000 * 36)
+    short = spectra.trace(h)
+    assert short.provenance["basis"]["place"] == "device"
+    assert short.provenance["basis"]["vectors"] == 26 + 1
+    assert short.converged
+    low, high = short.interval()
+    assert low < s1(2000).sum() < high
+    # Nor where there is memory for none: then it is there, as nothing else would get on.
+    monkeypatch.setattr(vectors, "free_bytes", lambda device: 2 * 8000 * 12)
+    assert spectra.trace(h, max_matvecs=60).provenance["basis"]["place"] == "disk"
+
+
+@pytest.mark.parametrize("method", ["hutch++", "xtrace"])
 def test_a_basis_on_disk_gives_the_same_trace_to_the_last_bit(method, monkeypatch):
     h = operator(Rotated(s1(2000), dtype=np.float32))
     options = {"method": method, "rtol": 1e-9, "max_matvecs": 60}

@@ -136,7 +136,7 @@ def test_pairs_that_are_no_eigenpairs_bias_no_block(krylov):
     complement = np.linalg.svd(np.eye(120) - q @ q.T)[0][:, :114] @ orthogonal(114)
     for column in complement.T:
         z = 114**0.5 * torch.from_numpy(column.copy())
-        known.take_from(z, h.apply(z))
+        known.take_from(z[None], h.apply(z)[None])
     mean = np.array(known.noted).mean(axis=0)
     assert mean == pytest.approx(sums(np.diag(matrix)), abs=1e-10)
     assert np.abs(sums(pairs.couplings)).max() > 0.5

@@ -60,6 +60,12 @@ def test_basis_operations_are_those_of_the_matrix(dtype, n, generator):
     np.testing.assert_allclose(space.project(basis, x).numpy(), rows @ vector, **tolerance)
     np.testing.assert_allclose(space.combine(basis, coefficients).numpy(), c @ rows, **tolerance)
     assert space.combine(basis, coefficients).dtype == dtype
+    several = torch.stack([x, -2 * x, basis[0]])
+    each = np.stack([vector, -2 * vector, rows[0]])
+    expected = each @ rows.T
+    np.testing.assert_allclose(space.projections(basis, several).numpy(), expected, **tolerance)
+    space.subtract_each(several, basis, torch.stack([coefficients, -coefficients, coefficients]))
+    np.testing.assert_allclose(several.numpy(), each - np.stack([c, -c, c]) @ rows, **tolerance)
     space.subtract(x, basis, coefficients)
     np.testing.assert_allclose(x.numpy(), vector - c @ rows, **tolerance)
 
@@ -97,6 +103,11 @@ def test_entries_that_stand_out_swallow_no_others(spikes, generator):
     exact = rows.double() @ x.double()
     sizes = rows.double().norm(dim=1) * x.double().norm()
     assert float(((space.project(rows, x) - exact).abs() / sizes).max()) < 4 * space.eps
+    # Beside a vector without such entries, which is left alone.
+    beside = torch.randn(len(x), generator=generator)
+    both = torch.stack([beside, x])
+    assert float(((space.projections(rows, both)[1] - exact).abs() / sizes).max()) < 4 * space.eps
+    assert torch.equal(both, torch.stack([beside, x]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
