@@ -490,7 +490,7 @@ def _class_weight(targets: Tensor, ignore_index: int, class_weights: Tensor | No
         # Class probabilities: PyTorch divides by the number of distributions, (N, C, ...) -> N...
         classes = targets.shape[1] if targets.dim() > 1 else targets.shape[0]
         return targets.numel() / max(classes, 1)
-    counted = targets[targets != ignore_index]
+    counts = targets != ignore_index
     if class_weights is None:
-        return float(counted.numel())
-    return float(class_weights.to(counted.device)[counted].sum(dtype=torch.float64))
+        return float(torch.count_nonzero(counts))
+    return float(class_weights.to(targets.device)[targets[counts]].sum(dtype=torch.float64))

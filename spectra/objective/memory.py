@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -94,9 +95,9 @@ def held_bytes(device: torch.device, *, exactly: bool = True) -> int:
         return int(torch.cuda.memory_allocated(device))
     if exactly:
         return_freed_memory(device)
-    lines = _lines(Path("/proc/self/statm"))
-    if lines:
-        return int(lines[0].split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    pages = _text("/proc/self/statm").split()
+    if pages:
+        return int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
     # Systems without that file tell the peak, which grows with whatever does not fit in it.
     return peak_bytes(device)
 
@@ -136,9 +137,9 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     # Not from getrusage, which hands a process the peak of the one that started it.
-    for line in _lines(Path("/proc/self/status")):
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    found = re.search(r"VmHWM:\s*(\d+)", _text("/proc/self/status"))
+    if found is not None:
+        return int(found[1]) * 1024
     if sys.platform == "win32":
         # Nothing to ask without another package: no growth is seen, and a budget never binds.
         return 0
@@ -257,7 +258,14 @@ def _c_library() -> ctypes.CDLL:
 
 
 def _lines(path: Path) -> list[str]:
+    return _text(str(path)).splitlines()
+
+
+def _text(path: str) -> str:
+    """What a file of the system says, nothing if there is none."""
     try:
-        return path.read_text(encoding="ascii").splitlines()
+        # Such files are asked before and after the first use of every batch.
+        with open(path, encoding="ascii") as file:
+            return file.read()
     except OSError:
-        return []
+        return ""

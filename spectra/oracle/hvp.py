@@ -541,7 +541,7 @@ class HvpOracle:
         """The derivative of the gradient along each of several directions."""
 
         def one(direction: Sequence[Tensor], *, keep: bool = True) -> Terms:
-            return self._second_derivative(graph, direction, keep_graph=keep)
+            return self._second_derivative(graph, direction, keep_graph=keep, watch=kept)
 
         def many(stacked: Sequence[Tensor]) -> Terms:
             live = _live(graph.gradients, stacked)
@@ -572,8 +572,12 @@ class HvpOracle:
         *,
         keep_graph: bool,
         of: Sequence[int] | None = None,
+        watch: bool = False,
     ) -> Terms:
-        """The derivative of the gradient along a direction; `of` the parameters at some places."""
+        """The derivative of the gradient along a direction; `of` the parameters at some places.
+
+        `watch`: find out whether Python code runs in it.
+        """
         gradients: Sequence[Tensor | None] = graph.gradients
         parameters = self.objective.parameters
         if of is not None:
@@ -601,7 +605,7 @@ class HvpOracle:
         compiler = self._compiler if of is None and graph.kept and not graph.tried else None
         start = time.perf_counter()
         with self._differentiating(graph.part):
-            if graph.kept and of is None and not graph.silent:
+            if watch and not graph.silent:
                 terms, python = runs_python(lambda: differentiate(vectors))
                 graph.silent = not python
             else:

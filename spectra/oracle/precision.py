@@ -22,21 +22,24 @@ _SETTINGS = {
 }
 
 
+# Of a setting: where nothing was chosen, for it or for all of its kind, nothing is reduced.
+_FULL = {"ieee", "none"}
+
+
 @contextlib.contextmanager
 def full_float32(kind: str) -> Iterator[None]:
     """Within it products of float32 matrices are computed in float32 on a kind of device."""
     settings = _recent_settings(kind)
     if settings:
-        before = [setting.fp32_precision for setting in settings]
+        # To ask and to set take longer than all else in here, and few programs have set anything.
+        before = [(s, value) for s in settings if (value := s.fp32_precision) not in _FULL]
         try:
-            for setting, value in zip(settings, before, strict=True):
-                if value != "ieee":
-                    setting.fp32_precision = "ieee"
+            for setting, _ in before:
+                setting.fp32_precision = "ieee"
             yield
         finally:
-            for setting, value in zip(settings, before, strict=True):
-                if setting.fp32_precision != value:
-                    setting.fp32_precision = value
+            for setting, value in before:
+                setting.fp32_precision = value
         return
     matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
