@@ -301,7 +301,8 @@ def reference_trace(w: Workload) -> tuple[float, float]:
     h = spectra.HessianOperator(w.model, spectra.losses.supervised(w.criterion), w.batches)
     if w.n <= SMALL:
         return float(h.to_dense().diagonal().sum(dtype=torch.float64)), 0.0
-    found = spectra.trace(h, rtol=0.003, max_matvecs=1000, seed=10**6, progress=False)
+    most = 400 if w.heavy else 1000
+    found = spectra.trace(h, rtol=0.003, max_matvecs=most, seed=10**6, progress=False)
     low, high = found.interval()
     return found.value, (high - low) / 2
 

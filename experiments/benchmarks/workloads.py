@@ -191,7 +191,7 @@ class Workload:
     model: nn.Module
     batches: list[Batch]
     products: int = 20  # timed after one another; fewer stand for twenty where they are slow
-    heavy: bool = False  # a product takes a second: trace and density are left out
+    heavy: bool = False  # a product takes a second
 
     def __post_init__(self) -> None:
         self.criterion = nn.CrossEntropyLoss()

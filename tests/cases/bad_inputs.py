@@ -1019,6 +1019,12 @@ for name, ask, kind, words in (
         "v0 has norm 0.0",
     ),
     (
+        "a block of products wider than the operator",
+        lambda: spectra.eigsh(operator(), k=1, block_size=20),
+        errors.ArgumentError,
+        "block_size=20, but the operator is 19 x 19",
+    ),
+    (
         "too few products",
         lambda: spectra.eigsh(operator(), k=3, max_matvecs=2),
         errors.ArgumentError,

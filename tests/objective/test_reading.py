@@ -120,7 +120,7 @@ def test_loaders_that_draw_for_every_batch_are_read_in_turn(draw):
 def test_lists_and_loaders_with_workers_are_left_alone():
     x, y = wine(torch.float64)
     assert Reader([(x, y)]).ahead is False
-    assert Reader(DataLoader(TensorDataset(x, y), 30, num_workers=2)).ahead is False
+    assert Reader(DataLoader(TensorDataset(x, y), 30, num_workers=1)).ahead is False
     assert Reader(DataLoader(TensorDataset(x, y), 30)).ahead is None
 
 
