@@ -251,7 +251,8 @@ def eigsh(
     block_size
         Products computed together in a step, in one pass over the data. Ten outliers take 32
         products in 23 passes with 1, 37 in 17 with 2 and 47 in 14 with 4: for data that take long
-        to read, and for eigenvalues of which there are up to so many copies.
+        to read, and for eigenvalues of which there are up to so many copies. Takes 2 (block_size -
+        1) vectors of memory more.
     v0
         Start vector (n,), or several as columns (n, p), such as the eigenvectors of an earlier
         checkpoint: their sum is where the search starts. Saves a few products at best.
