@@ -649,8 +649,8 @@ def test_the_basis_holds_the_whole_space_of_a_small_matrix():
 
 
 @pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
-@pytest.mark.parametrize("make", [s1, s2, s3, s5], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("block_size", [2, 4, 7])
+@pytest.mark.parametrize("make", [s1, s3, s5], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("block_size", [2, 5])
 def test_blocks_find_the_same_pairs(make, which, block_size):
     values = make(300)
     for ncv in (None, 60):
