@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from experiments.benchmarks.workloads import COMPILED, TINY, WORKLOADS
 
     torch.set_num_threads(options.threads)
+    bound_memory()
     workloads = TINY if options.tiny else WORKLOADS
     results = {"machine": machine(options.threads), "quick": options.quick, "parts": []}
     results["note"] = options.note
@@ -216,6 +217,22 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def bound_memory() -> None:
+    """Whoever asks for more memory than most of what is free is told so, and fails alone.
+
+    Else the system ends the run. Sketches of the parameters' length may take that much.
+    """
+    try:
+        import resource
+
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (int(0.8 * 1024 * kilobytes), most))
+    except (ImportError, OSError, StopIteration, ValueError):
+        say("The memory of this run is not bounded here.")
 
 
 def say(text: str) -> None:
