@@ -171,7 +171,7 @@ def analysis(
             run=run(name),
             accept=accept,
             rounds=rounds,
-            limit=2 * limit,
+            limit=3 * limit,  # there are three parts
         )
     return records
 
