@@ -147,7 +147,7 @@ def part(
         count = int(task.split()[1])
         result["records"] = answers.largest(w, solvers, count, rounds, limit)
     elif task == "trace":
-        result["records"], result["reference"] = answers.trace(w, solvers, rounds, limit)
+        result |= answers.trace(w, solvers, rounds, limit)
     elif task == "density":
         w = w.double() if w.n <= answers.SMALL else w
         exact = answers.eigenvalues(w) if w.n <= answers.SMALL else None
@@ -181,7 +181,8 @@ def settings_found(
 
 def reference_found(earlier: list[dict[str, Any]], name: str) -> float | None:
     """The trace that the earlier part held its answers against."""
-    found = [p["reference"]["value"] for p in earlier if p["workload"] == name and "reference" in p]
+    mine = (part for part in earlier if part["workload"] == name and "failure" not in part)
+    found = [part["reference"]["value"] for part in mine if "reference" in part]
     return found[-1] if found else None
 
 

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import sys
 import warnings
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from experiments.benchmarks import __main__ as program
 from experiments.benchmarks import answers, compiling, peers, profile, tables, timing
 from experiments.benchmarks.workloads import TINY
+
+resource = pytest.importorskip("resource", reason="limits of a process are a matter of Unix")
 
 PEERS = {"curvlinops", "hessian-eigenthings", "PyHessian", "landscaper", "BackPACK"}
 
@@ -26,7 +30,9 @@ def _as_it_was(monkeypatch):
     threads = torch.get_num_threads()
     for name in ("OMP_NUM_THREADS", "TQDM_DISABLE"):
         monkeypatch.setenv(name, "1")
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
     yield
+    resource.setrlimit(resource.RLIMIT_DATA, limits)
     torch.set_num_threads(threads)
 
 
@@ -51,6 +57,20 @@ def test_the_quick_run_names_the_packages_that_are_absent(tmp_path):
     page = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert "times are ratios within one run" in page
     assert "| spectra, retained |" in page
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others do not tell it in /proc")
+@pytest.mark.usefixtures("_as_it_was")
+def test_who_asks_for_more_memory_than_there_is_fails_alone(workload):
+    program.bound_memory()
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def greedy(w):
+        sketch = torch.empty(free, dtype=torch.uint8, device="cpu")
+        return peers.Tools(lambda v: sketch)
+
+    records = timing.products(workload, {"greedy": greedy}, 1)
+    assert "alloc" in records[0]["failure"]
 
 
 def test_a_wrong_product_is_said_to_be_wrong(workload):
