@@ -496,8 +496,8 @@ def placed_basis(
             msg = f"ncv={ncv!r}; expected an integer number of basis vectors"
             raise ArgumentTypeError(msg)
         if ncv < fewest:
-            more = "2" if block_size == 1 else f"1 + block_size = {fewest}"
-            msg = f"ncv={ncv} is too small for k={k}; expected at least k + {more}"
+            least = "k + 2" if block_size == 1 else f"{fewest} with block_size={block_size}"
+            msg = f"ncv={ncv} is too small for k={k}; expected at least {least}"
             raise ArgumentError(msg)
         usual = sensible = min(int(ncv), n)
     if basis == "auto":

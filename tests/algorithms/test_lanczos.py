@@ -44,6 +44,20 @@ def parts_of(krylov):
     return krylov.basis.double().numpy().T, krylov.projection[:j, :j]
 
 
+def assert_is_projection(krylov, matrix):
+    v, t = parts_of(krylov)
+    assert np.abs(v.T @ v - np.eye(krylov.size)).max() < 1e-12
+    assert np.abs(v.T @ matrix @ v - t).max() < 1e-12 * np.abs(t).max()
+
+
+def pairs_with_true_residuals(krylov, matrix):
+    ritz = krylov.ritz()
+    x = parts_of(krylov)[0] @ ritz.coefficients
+    measured = np.linalg.norm(matrix @ x - x * ritz.values, axis=0)
+    assert ritz.residuals == pytest.approx(measured, abs=1e-12 * np.abs(ritz.values).max())
+    return ritz
+
+
 def assert_is_krylov_relation(krylov, matrix, tolerance=1e-12):
     v, t = parts_of(krylov)
     scale = max(np.abs(t).max(), 1e-300)
@@ -70,10 +84,7 @@ def test_the_recurrence_holds_and_the_basis_is_orthonormal(name):
 def test_the_residuals_of_the_recurrence_are_those_of_the_ritz_vectors(name):
     matrix = MATRICES[name]
     krylov = krylov_of(matrix, 15)
-    ritz = krylov.ritz()
-    x = parts_of(krylov)[0] @ ritz.coefficients
-    measured = np.linalg.norm(matrix @ x - x * ritz.values, axis=0)
-    assert ritz.residuals == pytest.approx(measured, abs=1e-12 * np.abs(ritz.values).max())
+    pairs_with_true_residuals(krylov, matrix)
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -116,16 +127,11 @@ def test_the_residuals_of_a_block_are_those_of_its_ritz_vectors_after_restarts_t
     krylov = krylov_of(matrix, 18, steps=6, block_size=3)
     for kept in (slice(-10, None), slice(None, None, 4), slice(13)):
         keep = np.arange(krylov.size)[kept]
-        ritz = krylov.ritz()
-        x = parts_of(krylov)[0] @ ritz.coefficients
-        measured = np.linalg.norm(matrix @ x - x * ritz.values, axis=0)
-        assert ritz.residuals == pytest.approx(measured, abs=1e-12 * np.abs(ritz.values).max())
+        ritz = pairs_with_true_residuals(krylov, matrix)
         krylov.restart(ritz, keep)
         while not krylov.full:
             krylov.step()
-        v, t = parts_of(krylov)
-        assert np.abs(v.T @ v - np.eye(krylov.size)).max() < 1e-12
-        assert np.abs(v.T @ matrix @ v - t).max() < 1e-12 * np.abs(t).max()
+        assert_is_projection(krylov, matrix)
 
 
 def test_a_block_shrinks_where_a_direction_leads_nowhere():
@@ -137,9 +143,7 @@ def test_a_block_shrinks_where_a_direction_leads_nowhere():
     assert krylov.waiting == 1
     while not krylov.full:
         krylov.step()
-    v, t = parts_of(krylov)
-    assert np.abs(v.T @ v - np.eye(krylov.size)).max() < 1e-12
-    assert np.abs(v.T @ matrix @ v - t).max() < 1e-12 * np.abs(t).max()
+    assert_is_projection(krylov, matrix)
 
 
 def test_a_block_ends_where_the_space_is_complete():

@@ -14,8 +14,6 @@ from experiments.benchmarks import __main__ as program
 from experiments.benchmarks import answers, compiling, peers, profile, tables, timing
 from experiments.benchmarks.workloads import TINY
 
-resource = pytest.importorskip("resource", reason="limits of a process are a matter of Unix")
-
 PEERS = {"curvlinops", "hessian-eigenthings", "PyHessian", "landscaper", "BackPACK"}
 
 
@@ -27,6 +25,7 @@ def _without_peers(monkeypatch):
 @pytest.fixture
 def _as_it_was(monkeypatch):
     # The program sets these for its whole process, which here is that of other tests.
+    resource = pytest.importorskip("resource", reason="limits of a process are a matter of Unix")
     threads = torch.get_num_threads()
     for name in ("OMP_NUM_THREADS", "TQDM_DISABLE"):
         monkeypatch.setenv(name, "1")
