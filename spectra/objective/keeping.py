@@ -229,6 +229,9 @@ def checksums(tensors: Iterable[Tensor]) -> bytes:
 
 
 def _sums(entries: Tensor) -> list[Tensor]:
+    if entries.numel() <= _PIECE:
+        # So few are faster kept than added up, and tell more.
+        return [entries]
     whole = entries.numel() // _PIECE * _PIECE
     rest, weights = entries[whole:], _weights(entries.dtype, entries.device)
     last = torch.dot(rest, weights[: rest.numel()]).reshape(1)

@@ -280,12 +280,12 @@ class HvpOracle:
 
     def _multiplied(self, vectors: Tensor, out: Tensor | None) -> _Sums:
         space = self.objective.space
-        directions = [space.views(row) for row in vectors]
+        directions = [space.views(row) for row in vectors.unbind()]
         tally = Tally()
         with self._pass() as graphs:
             # In here: a tensor made under inference_mode could not be changed outside of it.
             out = space.empty(len(vectors)) if out is None else out
-            sums = [_WeightedSum(row, space.views(row)) for row in out]
+            sums = [_WeightedSum(row, space.views(row)) for row in out.unbind()]
             for graph, kept in graphs:
                 found = self._second_derivatives(graph, directions, kept=kept)
                 for sum_, products in zip(sums, found, strict=True):
@@ -468,32 +468,30 @@ class HvpOracle:
         beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if displacement is not None:
             beside = self.objective.displaced(displacement)
-        with (
-            _ONE_AT_A_TIME,
-            self._state_noted(compared=compared),
-            # A loss that is to be computed under autocast enters it by itself.
-            autocast_off(kind),
-            contextlib.nullcontext() if self._tf32 else full_float32(kind),
-        ):
-            if products and self._graphs.silent() and _untouched(self.objective.parameters):
-                with contextlib.nullcontext() if _recording() else gradients_on():
-                    yield
-                return
+        with _ONE_AT_A_TIME:
+            self._note_state(compared=compared)
             with (
-                self.objective.evaluating(),
-                beside,
-                # Around the backward too: what is recomputed runs forward passes there.
-                self._attention.differentiable(),
-                self._plan.applied(forward=not (products and self._graphs.all_kept())),
+                # A loss that is to be computed under autocast enters it by itself.
+                autocast_off(kind),
+                contextlib.nullcontext() if self._tf32 else full_float32(kind),
             ):
-                yield
+                if products and self._graphs.silent() and _untouched(self.objective.parameters):
+                    with contextlib.nullcontext() if _recording() else gradients_on():
+                        yield
+                    return
+                with (
+                    self.objective.evaluating(),
+                    beside,
+                    # Around the backward too: what is recomputed runs forward passes there.
+                    self._attention.differentiable(),
+                    self._plan.applied(forward=not (products and self._graphs.all_kept())),
+                ):
+                    yield
 
-    @contextlib.contextmanager
-    def _state_noted(self, *, compared: bool) -> Iterator[None]:
+    def _note_state(self, *, compared: bool) -> None:
         state = self.objective.state()
         self._graphs.drop_outdated(state)
         self._state = state if compared else None
-        yield
 
     @contextlib.contextmanager
     def _pass(self) -> Iterator[Iterator[tuple[GradientGraph, bool]]]:

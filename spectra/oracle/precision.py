@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,21 +26,29 @@ _SETTINGS = {
 _FULL = {"ieee", "none"}
 
 
-@contextlib.contextmanager
-def full_float32(kind: str) -> Iterator[None]:
+def full_float32(kind: str) -> contextlib.AbstractContextManager[None]:
     """Within it products of float32 matrices are computed in float32 on a kind of device."""
     settings = _recent_settings(kind)
-    if settings:
-        # To ask and to set take longer than all else in here, and few programs have set anything.
-        before = [(s, value) for s in settings if (value := s.fp32_precision) not in _FULL]
-        try:
-            for setting, _ in before:
-                setting.fp32_precision = "ieee"
-            yield
-        finally:
-            for setting, value in before:
-                setting.fp32_precision = value
-        return
+    if not settings:
+        return _highest()
+    # To ask and to set take longer than all else in here, and few programs have set anything.
+    before = [(s, value) for s in settings if (value := s.fp32_precision) not in _FULL]
+    return _all_ieee(before) if before else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _all_ieee(before: Sequence[tuple[Any, str]]) -> Iterator[None]:
+    try:
+        for setting, _ in before:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in before:
+            setting.fp32_precision = value
+
+
+@contextlib.contextmanager
+def _highest() -> Iterator[None]:
     matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         torch.set_float32_matmul_precision("highest")
