@@ -1,8 +1,13 @@
 """What every test shares: one thread, seeded generators, repeatable hypothesis."""
 
+import os
 import random
 import signal
 import tempfile
+
+# On some processors MKL adds in an order that depends on addresses, unless it is told not to.
+# Before torch: it is read once. Programs that are started inherit it.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import numpy as np
 import pytest

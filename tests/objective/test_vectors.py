@@ -100,13 +100,21 @@ def heavy_tailed(generator):
 def test_entries_that_stand_out_swallow_no_others(spikes, generator):
     x, rows = spiked(spikes, generator) if spikes else heavy_tailed(generator)
     space = VectorSpace(len(x), torch.float32)
-    exact = rows.double() @ x.double()
-    sizes = rows.double().norm(dim=1) * x.double().norm()
-    assert float(((space.project(rows, x) - exact).abs() / sizes).max()) < 4 * space.eps
-    # Beside a vector without such entries, which is left alone.
+
+    def error(found, rows, x):
+        exact = rows.double() @ x.double()
+        sizes = rows.double().norm(dim=1) * x.double().norm()
+        return float(((found - exact).abs() / sizes).max())
+
+    # Without such entries. Some processors' kernels add tens of thousands of terms one by one.
     beside = torch.randn(len(x), generator=generator)
+    along = beside * torch.tensor([[1.0], [-0.3], [7.0]])
+    usual = error(space.project(along, beside), along, beside)
+    assert error(space.project(rows, x), rows, x) < max(4 * space.eps, 2 * usual)
+    # Beside a vector without such entries, which is left alone.
     both = torch.stack([beside, x])
-    assert float(((space.projections(rows, both)[1] - exact).abs() / sizes).max()) < 4 * space.eps
+    usual = error(space.projections(along, both)[0], along, beside)
+    assert error(space.projections(rows, both)[1], rows, x) < max(4 * space.eps, 2 * usual)
     assert torch.equal(both, torch.stack([beside, x]))
 
 
