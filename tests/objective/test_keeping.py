@@ -25,6 +25,13 @@ def test_a_change_of_any_entry_shows(dtype, which):
         assert checksums(kept) == same.of(kept) == before
 
 
+def test_among_few_entries_a_change_shows_that_a_sum_would_swallow():
+    kept = [torch.tensor([1e8, 1e-3])]
+    before = checksums(kept)
+    kept[0].data[1] = 2e-3
+    assert checksums(kept) != before
+
+
 @pytest.mark.parametrize("size", [6, 100])
 def test_tensors_on_other_memory_or_in_another_order_are_looked_at_anew(size):
     tensor = torch.arange(float(size**2)).view(size, size)
