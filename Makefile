@@ -11,7 +11,7 @@ TEST_EXTRAS = test,demo,hf,lightning,tensorboard,completion
 # The reference describes the optional parts too, and the gallery is computed on a small network.
 DOCS_EXTRAS = docs,demo,hf,lightning
 
-# `make bench BENCH_OPTIONS=--quick` takes minutes, all of it four hours.
+# `make bench BENCH_OPTIONS=--quick` takes minutes, all of it five hours.
 BENCH = experiments/benchmarks
 BENCH_OPTIONS =
 
