@@ -59,7 +59,7 @@ def spectra_with(**options: Any) -> Make:
             top=top,
             tolerances=[1e-3],
             trace=trace,
-            # The error is below it in 95 of 100 runs; three are asked for, beside an estimate.
+            # A tolerance holds in 95 of 100 runs; asked for is three of three, beside an estimate.
             trace_settings=[0.01, 0.008, 0.006],
             density=density,
             analysis=analysis,

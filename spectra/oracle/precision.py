@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,29 +26,21 @@ _SETTINGS = {
 _FULL = {"ieee", "none"}
 
 
-def full_float32(kind: str) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def full_float32(kind: str) -> Iterator[None]:
     """Within it products of float32 matrices are computed in float32 on a kind of device."""
     settings = _recent_settings(kind)
-    if not settings:
-        return _highest()
-    # To ask and to set take longer than all else in here, and few programs have set anything.
-    before = [(s, value) for s in settings if (value := s.fp32_precision) not in _FULL]
-    return _all_ieee(before) if before else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _all_ieee(before: Sequence[tuple[Any, str]]) -> Iterator[None]:
-    try:
-        for setting, _ in before:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, value in before:
-            setting.fp32_precision = value
-
-
-@contextlib.contextmanager
-def _highest() -> Iterator[None]:
+    if settings:
+        # To ask and to set take longer than all else in here, and few programs have set anything.
+        before = [(s, value) for s in settings if (value := s.fp32_precision) not in _FULL]
+        try:
+            for setting, _ in before:
+                setting.fp32_precision = "ieee"
+            yield
+        finally:
+            for setting, value in before:
+                setting.fp32_precision = value
+        return
     matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         torch.set_float32_matmul_precision("highest")

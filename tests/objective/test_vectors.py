@@ -106,15 +106,15 @@ def test_entries_that_stand_out_swallow_no_others(spikes, generator):
         sizes = rows.double().norm(dim=1) * x.double().norm()
         return float(((found - exact).abs() / sizes).max())
 
-    # Without such entries. Some processors' kernels add tens of thousands of terms one by one.
-    beside = torch.randn(len(x), generator=generator)
-    along = beside * torch.tensor([[1.0], [-0.3], [7.0]])
-    usual = error(space.project(along, beside), along, beside)
-    assert error(space.project(rows, x), rows, x) < max(4 * space.eps, 2 * usual)
+    beside, bound = torch.randn(len(x), generator=generator), 4 * space.eps
+    if not spikes:
+        # Some processors' kernels add all the terms of a block one by one, whatever their sizes.
+        along = beside * torch.tensor([[1.0], [-0.3], [7.0]])
+        bound = max(bound, 2 * error(space.project(along, beside), along, beside))
+    assert error(space.project(rows, x), rows, x) < bound
     # Beside a vector without such entries, which is left alone.
     both = torch.stack([beside, x])
-    usual = error(space.projections(along, both)[0], along, beside)
-    assert error(space.projections(rows, both)[1], rows, x) < max(4 * space.eps, 2 * usual)
+    assert error(space.projections(rows, both)[1], rows, x) < bound
     assert torch.equal(both, torch.stack([beside, x]))
 
 
