@@ -40,7 +40,7 @@ from experiments.benchmarks.workloads import Missing, Told, Workload
 RESIDUAL = 1e-3  # ‖Hx − λx‖ / |λ| that every eigenpair has to reach
 TRACE = 0.01  # relative error that three runs out of three have to reach
 DENSITY_PRODUCTS = 100
-PRODUCTS, HEAVY_PRODUCTS = 1000, 400  # for the reference of a trace
+PRODUCTS, HEAVY_PRODUCTS = 3000, 400  # for the reference of a trace
 SMALL = 3000  # parameters up to which the matrix itself is affordable
 Task = Callable[[Tools, Any, int], Any]
 

@@ -51,8 +51,8 @@ def spectra_with(**options: Any) -> Make:
             nodes = np.concatenate([found.nodes.ravel(), found.atoms])
             return nodes, np.concatenate([masses, atoms])
 
-        def analysis(seed: int) -> Any:
-            return spectra.analyze(h, 10, rtol=0.01, max_matvecs=5000, seed=seed, progress=False)
+        def analysis(seed: int, probes: int = 5000) -> Any:
+            return spectra.analyze(h, 10, rtol=0.01, max_matvecs=probes, seed=seed, progress=False)
 
         return Tools(
             lambda v: h @ v,
@@ -356,7 +356,7 @@ class Tools:
     trace: Callable[[Any, int], float] | None = None  # (setting, seed)
     trace_settings: list[Any] = field(default_factory=list)
     density: Callable[[int, int], Measure] | None = None  # (products, seed)
-    analysis: Callable[[int], Any] | None = None
+    analysis: Callable[..., Any] | None = None  # of a seed, and the most probes for the trace
     count: Callable[[], int] | None = None  # products so far, where they can be counted
     close: Callable[[], None] = lambda: None
 

@@ -13,11 +13,14 @@ from spectra.errors import ArgumentError
 from spectra.names import short_name
 from spectra.results import Result
 
-__all__ = ["Estimate", "check_confidence", "half_width"]
+__all__ = ["Estimate", "check_confidence", "half_width", "samples_needed"]
 
 # The spread of few samples of a skewed distribution is itself uncertain and correlated with their
 # mean. Measured: 1 + 1.5 / N brings 95 % intervals of N samples from 90 to 93 % and more.
 _SKEW = 1.5
+
+# Nobody waits for so many samples, 10¹² and more, and their number would overflow somewhere.
+_OUT_OF_REACH = 1e6
 
 
 def check_confidence(confidence: float) -> None:
@@ -47,12 +50,43 @@ def half_width(
     count = len(samples)
     if count < 2:
         return math.inf
-    if len(variances) == count:
-        deviation = math.sqrt(float(variances.mean()))
-    else:
-        deviation = float(samples.std(ddof=1)) * (1 + _SKEW / count)
+    known = len(variances) == count
+    deviation = math.sqrt(float(variances.mean())) if known else float(samples.std(ddof=1))
+    factor = widening * _student(count, confidence, known=known)
+    return factor * deviation / math.sqrt(count)
+
+
+def samples_needed(count: int, excess: float, confidence: float, *, known: bool) -> float:
+    """How many samples make an interval of `count` of them `excess` > 1 times narrower, to 0.1 %.
+
+    More than by the root of their number: the fewer there are, the less they tell of their own
+    spread, and the wider is Student's interval. Five of them would make 1.7 times too many of the
+    samples to come.
+
+    Parameters
+    ----------
+    known
+        Each tells its variance, see `half_width`.
+    """
+    if not excess < _OUT_OF_REACH:
+        return math.inf
+    now = _student(count, confidence, known=known)
+    # Too few, and enough: the distance between them halves, on a logarithmic scale.
+    few, enough = float(count), count * excess**2
+    while enough > 1.001 * few:
+        between = math.sqrt(few * enough)
+        width = excess * _student(between, confidence, known=known) / now
+        if between < count * width**2:
+            few = between
+        else:
+            enough = between
+    return enough
+
+
+def _student(count: float, confidence: float, *, known: bool) -> float:
+    """Half-width of an interval in standard errors."""
     quantile = float(special.stdtrit(count - 1, 0.5 + confidence / 2))
-    return widening * quantile * deviation / math.sqrt(count)
+    return quantile if known else quantile * (1 + _SKEW / count)
 
 
 @dataclass(frozen=True, eq=False)

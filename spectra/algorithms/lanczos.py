@@ -237,13 +237,15 @@ class Krylov:
         """The vectors are not there: those of a run that is being resumed, before its end."""
         return self._log.replaying
 
-    def extended(self, operator: SymmetricOperator, capacity: int) -> Self:
+    def extended(
+        self, operator: SymmetricOperator, capacity: int, place: Place | None = None
+    ) -> Self:
         """A copy with room for `capacity` vectors that goes on with `operator`."""
         copied = copy.copy(self)
         copied.noise = copy.copy(self.noise)
         copied._operator = operator
         copied.capacity = min(capacity, self.dimension)
-        copied._rows = self.space.basis(min(copied.capacity + 1, self.dimension))
+        copied._rows = self.space.basis(min(copied.capacity + 1, self.dimension), place)
         copied._rows[: len(self._rows)] = self._rows
         copied._log = _Log(operator, copied._outside)
         copied.projection = np.zeros((copied.capacity, copied.capacity))

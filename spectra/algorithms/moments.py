@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
-from spectra.algorithms.estimate import check_confidence, half_width
+from spectra.algorithms.estimate import check_confidence, half_width, samples_needed
 from spectra.errors import ArgumentError
 from spectra.objective.vectors import VectorSpace
 
@@ -220,14 +220,15 @@ class Stop:
         return moments.half_width(self.want, self.confidence) <= target
 
     def probes_to_come(self, moments: Moments) -> float:
-        """How many more the tolerance takes: the half-width falls with the root of their number."""
+        """How many more the tolerance takes."""
         if self.met(moments):
             return 0.0
-        target = moments.target(self.want, self.rtol, self.atol)
+        target, count = moments.target(self.want, self.rtol, self.atol), len(moments.traces)
         if target == 0.0:
             return math.inf
         excess = moments.half_width(self.want, self.confidence) / target
-        return len(moments.traces) * (excess**2 - 1)
+        known = self.want == "trace" and len(moments.variances) == count
+        return samples_needed(count, excess, self.confidence, known=known) - count
 
 
 def check_tolerances(rtol: float, atol: float | None, confidence: float, max_matvecs: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -403,6 +404,7 @@ def sample_moments(
     progress: bool | None,
     begun: Moments | None = None,
     known: KnownPart | None = None,
+    prepare: Callable[[Run], tuple[Moments | None, KnownPart]] | None = None,
 ) -> Moments:
     """Probe until the moment `want` is known to the tolerance, or the budget is spent.
 
@@ -418,6 +420,8 @@ def sample_moments(
         Samples of earlier, independent probes to go on from; `max_matvecs` counts the new ones.
     known
         What to take out of the probes, if that is more than the deflated pairs.
+    prepare
+        Finds both, in this run; what it spends is part of `max_matvecs`.
     """
     stop = Stop(want, rtol, atol, confidence, max_matvecs)
     name = "Frobenius norm" if want == "square" else want
@@ -429,6 +433,8 @@ def sample_moments(
             return run.known(deflation.trace, deflation.square)
         if deflation is None and begun is None and run.small:
             return run.exactly()
+        if prepare is not None:
+            begun, known = prepare(run)
         samples = Samples(run.space, begun)
         if deflation is None:
             return run.sample(samples, Nothing())

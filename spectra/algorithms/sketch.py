@@ -27,10 +27,19 @@ from spectra.journal import Stopped, unless_stopped
 from spectra.objective.places import Place
 from spectra.objective.vectors import VectorSpace
 
-__all__ = ["KrylovPart", "by_hutch_pp", "by_krylov", "by_xtrace"]
+__all__ = [
+    "MIN_BASIS",
+    "KeptProbes",
+    "KrylovPart",
+    "by_hutch_pp",
+    "by_krylov",
+    "by_xtrace",
+    "grow",
+    "pays",
+]
 
 # Fewer basis vectors than this hold nothing worth their products.
-_MIN_BASIS = 8
+MIN_BASIS = 8
 # Orthogonalising all n vectors takes n³ operations: up to here, less than the products do.
 _COMPLETE = 2048
 # XTrace's samples share their basis, so that their spread underestimates the error: measured, by a
@@ -87,9 +96,9 @@ def by_krylov(run: Run) -> tuple[Moments, str]:
     """
     if run.small:
         return run.exactly(), "n unit vectors"
-    probes = _FirstProbes(run)
+    probes = _first_probes(run)
     samples = probes.samples(None)
-    krylov = _grow(run, probes, run.come(_moments(run, samples)))
+    krylov = _basis(run, probes, run.come(_moments(run, samples)))
     known: KnownPart = Nothing()
     label = "Hutchinson"
     if krylov is not None:
@@ -102,15 +111,20 @@ def by_krylov(run: Run) -> tuple[Moments, str]:
     return moments, "n unit vectors" if moments.exact else label
 
 
-class _FirstProbes:
-    """As many as an error takes, with what a Krylov space that grows leaves of their products."""
+class KeptProbes:
+    """Probes with what a Krylov space that grows leaves of their products.
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._taken = run, 0
-        # Where there is room for them all.
-        self._rows = run.space.basis(2 * run.least).unflatten(0, (2, -1))
-        for some in self._blocks():
-            self._rows[0, some], self._rows[1, some] = run.probes(some.stop - some.start)
+    Parameters
+    ----------
+    rows
+        (2, s, n) the probes and their products, in memory of theirs: the products are changed.
+    beside
+        What has been taken from the products before.
+    """
+
+    def __init__(self, run: Run, rows: Tensor, beside: KnownPart | None = None) -> None:
+        self._run, self._rows, self._taken = run, rows, 0
+        self._beside = beside or Nothing()
 
     def __len__(self) -> int:
         return self._rows.shape[1]
@@ -119,11 +133,10 @@ class _FirstProbes:
         """What they say, the Krylov space taken out as far as it has grown."""
         space, samples = self._run.space, Samples(self._run.space)
         new: KnownPart = Nothing()
-        taken = _Taken(new)
         if krylov is not None:
-            new = KrylovPart(space, krylov, self._taken)
-            taken, self._taken = _Taken(new), krylov.size
-        for some in self._blocks():
+            new, self._taken = KrylovPart(space, krylov, self._taken), krylov.size
+        taken = _Taken(new, self._beside)
+        for some in _blocks(self._run, len(self)):
             vectors, products = map(space.local, self._rows[:, some])
             new.take_from(vectors, products)
             if products.data_ptr() != self._rows[1, some].data_ptr():
@@ -131,63 +144,99 @@ class _FirstProbes:
             samples.add_each(taken, vectors, products.clone())
         return samples
 
-    def _blocks(self) -> Iterator[slice]:
-        step = self._run.together(2 * len(self))
-        for start in range(0, len(self), step):
-            yield slice(start, min(start + step, len(self)))
-
 
 class _Taken(Nothing):
-    """A part that has been taken from the products already."""
+    """Parts that have been taken from the products already."""
 
-    def __init__(self, part: KnownPart) -> None:
+    def __init__(self, *parts: KnownPart) -> None:
         super().__init__()
-        self.trace, self.square = part.trace, part.square
+        self.trace = sum(part.trace for part in parts)
+        self.square = sum(part.square for part in parts)
 
 
-def _grow(run: Run, probes: _FirstProbes, come: float) -> Krylov | None:
-    """A basis for which no more is spent than on the probes that it leaves to come.
+def _first_probes(run: Run) -> KeptProbes:
+    """As many as an error takes, where there is room for them all."""
+    rows = run.space.basis(2 * run.least).unflatten(0, (2, -1))
+    for some in _blocks(run, run.least):
+        rows[0, some], rows[1, some] = run.probes(some.stop - some.start)
+    return KeptProbes(run, rows)
 
-    At most half of the budget, and half of what the tolerance takes without it. A basis that does
-    not pay is given up after a quarter of the products to come: not at once, because the second
-    copy of a multiple eigenvalue takes many steps to appear. Where n products are cheaper than the
-    probes to come, it may grow to the whole space.
+
+def _blocks(run: Run, count: int) -> Iterator[slice]:
+    step = run.together(2 * count)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def _basis(run: Run, probes: KeptProbes, come: float) -> Krylov | None:
+    """A basis from a random direction; None where there is room for none.
+
+    Where n products are cheaper than the probes to come, it may grow to the whole space.
     """
     n, space = run.space.n, run.space
     whole = come > n <= min(run.left, _COMPLETE)
     wanted = n if whole else int(min(come / 2, run.left // 2))
     # From the disk a basis takes longer to be read than a product to be computed, and every probe
     # reads it: a shorter one then.
-    place, capacity = space.place(wanted, _MIN_BASIS, spare=2 * len(probes))
-    if capacity < _MIN_BASIS:
+    place, capacity = space.place(wanted, MIN_BASIS, spare=2 * len(probes))
+    if capacity < MIN_BASIS:
         return None
     krylov = Krylov(run.operator, capacity, run.generator, place=place)
-    run.basis = space.describe_basis(krylov.rows)
     run.noise.forget()
     krylov.noise = run.noise
-    check, paid, before = _MIN_BASIS, 0, come
+    grow(run, krylov, probes, come, whole=whole)
+    return krylov if krylov.size else None
+
+
+def grow(run: Run, krylov: Krylov, probes: KeptProbes, come: float, *, whole: bool = False) -> None:
+    """Let a basis grow: no more is spent on it than on the probes that it leaves to come.
+
+    At most half of the budget, and half of what the tolerance takes without it. A basis that does
+    not pay is given up after a quarter of the products to come: not at once, because the second
+    copy of a multiple eigenvalue takes many steps to appear.
+
+    Parameters
+    ----------
+    come
+        How many probes the tolerance takes with the basis as it is.
+    whole
+        It may grow to the whole space.
+    """
+    n = run.space.n
+    run.basis = run.space.describe_basis(krylov.rows)
+    paid, before = krylov.size, come
+    check = max(MIN_BASIS, _next_check(krylov.size))
     while not krylov.full:
         try:
             krylov.step()
         except Stopped:
-            if krylov.size == 0:
-                return None
             break
         run.count()
         # An exhausted space may hold all of H already.
         if krylov.size < check and not krylov.exhausted:
             continue
-        check = krylov.size + max(2, krylov.size // 8)
+        check = _next_check(krylov.size)
         come = run.come(_moments(run, probes.samples(krylov)))
         if come <= krylov.size:
             break
-        # Those at hand are redone with every basis, and so count for nothing in the comparison.
-        horizon = min(come, run.left)
-        if come < before * (1 - (krylov.size - paid) / max(horizon, 1)):
+        if pays(run, krylov.size - paid, before, come):
             paid, before = krylov.size, come
-        elif krylov.size - paid > horizon / 4 and not (whole and come > n - krylov.size):
+            continue
+        in_vain = krylov.size - paid > min(come, run.left) / 4
+        if in_vain and not (whole and come > n - krylov.size):
             break
-    return krylov
+
+
+def pays(run: Run, vectors: int, before: float, come: float) -> bool:
+    """Whether so many vectors of a basis saved more probes than they took products.
+
+    Those at hand are redone with every basis, and so count for nothing in the comparison.
+    """
+    return come < before * (1 - vectors / max(min(come, run.left), 1))
+
+
+def _next_check(size: int) -> int:
+    return size + max(2, size // 8)
 
 
 def by_hutch_pp(run: Run) -> tuple[Moments, str]:

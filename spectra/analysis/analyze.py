@@ -591,8 +591,7 @@ def _trace_and_frobenius(
     allowed = ledger.left(max_matvecs)
     deflation = random_probes.Deflation(operator, pairs)
     shared = Shared(operator.space, density, deflation, rtol)
-    begun = shared.begun
-    if allowed < 2 and begun is None:
+    if allowed < 2 and shared.begun is None:
         return None, None, None
     sample = functools.partial(
         random_probes.sample_moments,
@@ -602,21 +601,23 @@ def _trace_and_frobenius(
         atol=None,
         confidence=0.95,
         progress=progress,
-        known=shared.known,
     )
-    moments = begun
+    of_density, moments = shared.krylov_vectors, shared.begun
     if allowed >= 2:
         moments = ledger.timed(
             "trace",
-            lambda: sample(want="trace", max_matvecs=allowed, seed=seeds[0], begun=begun),
+            lambda: sample(
+                want="trace", max_matvecs=allowed, seed=seeds[0], prepare=shared.prepare
+            ),
         )
     assert moments is not None
     method = None
     if shared.krylov_vectors and not moments.exact:
         method = (
-            f"Hutchinson, {len(deflation)} deflated, "
-            f"{shared.krylov_vectors} Krylov vectors of the density"
+            f"Hutchinson, {len(deflation)} deflated, {of_density} Krylov vectors of the density"
         )
+        if shared.krylov_vectors > of_density:
+            method += f" and {shared.krylov_vectors - of_density} more"
     trace = trace_estimate(
         moments,
         deflation,
@@ -631,7 +632,13 @@ def _trace_and_frobenius(
         before = moments
         more = ledger.timed(
             "Frobenius norm",
-            lambda: sample(want="square", max_matvecs=left, seed=seeds[1], begun=before),
+            lambda: sample(
+                want="square",
+                max_matvecs=left,
+                seed=seeds[1],
+                begun=before,
+                known=shared.known,
+            ),
         )
         moments = replace(more, matvecs=before.matvecs + more.matvecs)
     frobenius = frobenius_estimate(

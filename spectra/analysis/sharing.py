@@ -15,9 +15,10 @@ from torch import Tensor
 from spectra.algorithms.blocks import BlockTraces, has_modules, inner_by_parameter
 from spectra.algorithms.density import SpectralDensity
 from spectra.algorithms.estimate import Estimate
-from spectra.algorithms.moments import Moments, Samples
-from spectra.algorithms.probes import Deflation
-from spectra.algorithms.sketch import KrylovPart
+from spectra.algorithms.lanczos import Krylov
+from spectra.algorithms.moments import KnownPart, Moments, Samples
+from spectra.algorithms.probes import Deflation, Run
+from spectra.algorithms.sketch import MIN_BASIS, KeptProbes, KrylovPart, grow, pays
 from spectra.objective.vectors import VectorSpace
 
 __all__ = ["Shared"]
@@ -71,7 +72,8 @@ class Shared:
 
     The first moments of every run are a sample. Where the runs were kept, the space of the first
     one may also be taken out of all other probes, which are independent of it: then its own sample
-    is lost, and the others vary less. The better one is what leaves fewer probes to come.
+    is lost, and the others vary less. The better one is what leaves fewer probes to come. Where
+    that space saves more probes than it has vectors, more of them may still pay: it grows.
 
     Parameters
     ----------
@@ -101,10 +103,13 @@ class Shared:
         deflation: Deflation,
         rtol: float,
     ) -> None:
-        self._space, self._pairs = space, deflation.values
+        self._space, self._deflation = space, deflation
         self.known = _Known(space, deflation)
         self.begun: Moments | None = None
         self.krylov_vectors = 0
+        self._density, self._runs = density, () if density is None else density.runs
+        # Probes, by the Krylov vectors at hand.
+        self._saved = 0.0
         if density is None:
             return
         self.known.noted += [self.known.parameter_traces + s for s in density.parameter_traces]
@@ -112,29 +117,68 @@ class Shared:
             # A rule of one node is exact to degree 1: it knows the trace, but not the square.
             return
         self.begun = _moments_of(density, deflation)
-        runs = density.runs
-        if len(runs) < 2 or any(run.size < 2 or run.complete for run in runs):
+        if len(self._runs) < 2 or any(run.size < 2 or run.complete for run in self._runs):
             return
-        part = _Known(space, deflation, KrylovPart(space, runs[0]))
+        part, sharper = self._taking_out(self._runs[0])
+        # Student's interval of N probes has a half-width of about 2 sqrt(variance / N).
+        target = self.begun.target("trace", rtol, None)
+        gain = 4 * float(self.begun.variances.mean() - sharper.variances.mean())
+        if gain > target**2:
+            self._use(self._runs[0], part, sharper)
+            self._saved = gain / target**2
+
+    def prepare(self, run: Run) -> tuple[Moments | None, KnownPart]:
+        """Samples to begin with, and what is known: more of a Krylov space where that pays."""
+        if self.krylov_vectors:
+            assert self.begun is not None
+            come = run.come(self.begun)
+            if pays(run, self.krylov_vectors, come + self._saved, come):
+                self._grow(run, come)
+        return self.begun, self.known
+
+    def _grow(self, run: Run, come: float) -> None:
+        size, others = self.krylov_vectors, self._runs[1:]
+        # A space of more than half the dimension is hardly cheaper than n unit vectors, which tell
+        # the blocks exactly, too.
+        wanted = min(size + int(min(come, run.left) / 2), self._space.n // 2)
+        place, capacity = self._space.place(wanted, size + MIN_BASIS, spare=2 * len(others))
+        if capacity < size + MIN_BASIS:
+            return
+        rows = self._space.basis(2 * len(others)).unflatten(0, (2, -1))
+        for i, other in enumerate(others):
+            rows[0, i], rows[1, i] = self._probe(other)
+        probes = KeptProbes(run, rows, self._deflation)
+        krylov = self._runs[0].extended(run.operator, capacity, place)
+        probes.samples(krylov)
+        grow(run, krylov, probes, come)
+        self._use(krylov, *self._taking_out(krylov))
+
+    def _use(self, krylov: Krylov, known: _Known, samples: Moments) -> None:
+        self.known, self.begun, self.krylov_vectors = known, samples, krylov.size
+
+    def _taking_out(self, krylov: Krylov) -> tuple[_Known, Moments]:
+        """What is known with a Krylov space of the first run, and the other runs' samples."""
+        space, density = self._space, self._density
+        assert density is not None
+        part = _Known(space, self._deflation, KrylovPart(space, krylov))
         samples = Samples(space)
-        for i, run in enumerate(runs[1:], start=1):
-            length = math.sqrt(density.remaining)
-            first, second = map(space.local, run.basis[:2])
-            vector = length * first
-            # The first column of H V = V T, in the complement of the pairs.
-            product = first * (length * run.projection[0, 0])
-            product.add_(second, alpha=length * run.projection[1, 0])
+        for i, run in enumerate(self._runs[1:], start=1):
+            vector, product = self._probe(run)
             outside = inner_by_parameter(space, vector, product)
             samples.add(part, vector, product)
             if has_modules(space):
                 # What the run took out of the product before, as the density has it.
                 part.noted[-1] += density.parameter_traces[i] - outside
-        sharper = samples.moments(0, density.noise)
-        # Student's interval of N probes has a half-width of about 2 sqrt(variance / N).
-        target = self.begun.target("trace", rtol, None)
-        gain = 4 * float(self.begun.variances.mean() - sharper.variances.mean())
-        if gain > target**2:
-            self.known, self.begun, self.krylov_vectors = part, sharper, runs[0].size
+        return part, samples.moments(0, density.noise)
+
+    def _probe(self, run: Krylov) -> tuple[Tensor, Tensor]:
+        """The probe that a run began with, and its product in the complement of the pairs."""
+        length = math.sqrt(self._space.n - len(self._deflation))
+        first, second = map(self._space.local, run.basis[:2])
+        # The first column of H V = V T.
+        product = first * (length * run.projection[0, 0])
+        product.add_(second, alpha=length * run.projection[1, 0])
+        return length * first, product
 
     def block_traces(self, moments: Moments, trace: Estimate) -> BlockTraces | None:
         """How the trace is shared among parameters; `moments` are the last ones.
@@ -162,7 +206,7 @@ class Shared:
             sizes=space.sizes,
             parameter_traces=np.stack(samples),
             exact=moments.exact,
-            eigenvalues=self._pairs,
+            eigenvalues=self._deflation.values,
             masses=known.masses,
             confidence=trace.confidence,
             converged=trace.converged,

@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from scipy import stats
 
 import spectra
-from spectra.algorithms.estimate import Estimate
+from spectra.algorithms.estimate import Estimate, samples_needed
 from spectra.errors import ArgumentError
 
 SAMPLES = np.array([3.0, 5.0, 4.0, 8.0, 1.0, 6.0])
@@ -32,6 +34,24 @@ def test_variances_that_are_known_take_the_place_of_the_spread(confidence):
     expected = stats.t.interval(confidence, df=5, loc=SAMPLES.mean(), scale=(3 / 6) ** 0.5)
     estimate = mean_of(SAMPLES, variances=variances)
     assert estimate.interval(confidence) == pytest.approx(expected)
+
+
+@given(st.integers(2, 200), st.floats(1.01, 9e5), st.booleans(), st.floats(0.5, 0.999))
+@example(2, 1.5, True, 0.95)
+@example(5, 9.9e5, False, 0.95)
+def test_as_many_samples_as_are_foreseen_make_the_interval_that_narrow(count, excess, known, level):
+    def width(number):
+        skew = 1 if known else 1 + 1.5 / number
+        return skew * stats.t.ppf(0.5 + level / 2, number - 1) / number**0.5
+
+    needed = samples_needed(count, excess, level, known=known)
+    assert width(needed) <= width(count) / excess * (1 + 1e-9)
+    assert width(max(needed / 1.002, count)) > width(count) / excess
+
+
+@pytest.mark.parametrize("excess", [1e9, 1e200, math.inf, math.nan])
+def test_what_is_out_of_reach_takes_infinitely_many_samples(excess):
+    assert samples_needed(5, excess, 0.95, known=True) == math.inf
 
 
 def test_samples_that_are_not_independent_widen_the_interval():

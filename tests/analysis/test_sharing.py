@@ -11,12 +11,24 @@ import torch
 import spectra
 from spectra.algorithms.density import probe_generator
 from spectra.algorithms.lanczos import Krylov
-from spectra.algorithms.probes import Deflation, seeded, sphere
+from spectra.algorithms.moments import Stop
+from spectra.algorithms.probes import Deflation, Run, seeded, sphere
+from spectra.algorithms.progress import progress_bar
 from spectra.algorithms.sketch import KrylovPart
 from spectra.analysis.sharing import Shared, _Known
 from spectra.errors import ArgumentError
-from spectra.operators.base import MatrixOperator
-from tests.cases.matrices import Layered, Rotated, dense, orthogonal, s1, s2, s3, tanh_network
+from spectra.operators.base import MatrixOperator, as_operator
+from tests.cases.matrices import (
+    Layered,
+    Rotated,
+    dense,
+    orthogonal,
+    s1,
+    s2,
+    s3,
+    semicircle,
+    tanh_network,
+)
 from tests.cases.networks import tanh_mlp, wine
 
 SIZES = {
@@ -114,6 +126,11 @@ def rough_pairs(matrix, count=6):
     )
 
 
+def a_run(h, rtol):
+    with progress_bar("trace", 200, False) as bar:
+        return Run(h, Stop("trace", rtol, None, 0.95, 200), 0, bar)
+
+
 def sums(vector):
     return np.add.reduceat(vector, [0, 20, 60, 65, 90, 110])
 
@@ -171,6 +188,48 @@ def test_a_krylov_space_is_taken_out_of_the_densitys_own_probes():
         z = 114**0.5 * density.runs[i].basis[0].numpy()
         expected = density.parameter_traces[i] + sums(known - z * (taken @ z))
         assert shared.known.noted[i - 1] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_krylov_space_that_pays_grows_and_what_it_takes_out_is_known():
+    matrix = dense(s2(120))
+    h = Layered(matrix, SIZES)
+    pairs = rough_pairs(matrix)
+    options = {"steps": 8, "probes": 3, "deflate": pairs, "keep_basis": True}
+    density = spectra.spectral_density(h, **options)
+    deflation = Deflation(h, pairs)
+    shared = Shared(h.space, density, deflation, rtol=0.03)
+    few = shared.begun
+    before = h.matvecs
+    run = a_run(h, 0.03)
+    begun, known = shared.prepare(run)
+    assert run.spent == h.matvecs - before == shared.krylov_vectors - 8 >= 8
+    assert begun is shared.begun
+    assert begun.variances.mean() < few.variances.mean()
+    v = known._part._rows.numpy()
+    assert v[:8] == pytest.approx(density.runs[0].basis.numpy(), abs=0)
+    assert v @ v.T == pytest.approx(np.eye(len(v)), abs=1e-12)
+    assert v @ pairs.vectors.numpy() == pytest.approx(0, abs=1e-12)
+    taken = v.T @ (v @ matrix @ v.T) @ v
+    assert known.trace == pytest.approx(deflation.trace + np.trace(taken))
+    q = pairs.vectors.numpy()
+    outside = np.eye(120) - q @ q.T
+    for i in (1, 2):
+        z = 114**0.5 * density.runs[i].basis[0].numpy()
+        sample = known.trace + z @ (outside @ matrix @ outside - taken) @ z
+        assert begun.traces[i - 1] == pytest.approx(sample, rel=1e-9)
+        expected = np.diag(q * pairs.values @ q.T + taken) - z * (taken @ z)
+        assert known.noted[i - 1] == pytest.approx(density.parameter_traces[i] + sums(expected))
+
+
+@pytest.mark.parametrize("values", [s1(1000), semicircle(1000)], ids=["outliers", "flat"])
+def test_a_krylov_space_that_does_not_pay_takes_no_product(values):
+    h = as_operator(Rotated(values))
+    pairs = spectra.eigsh(h, 10, which="LM", tol=0.5, max_matvecs=200)
+    density = spectra.spectral_density(h, steps=20, probes=3, deflate=pairs, keep_basis=True)
+    shared = Shared(h.space, density, Deflation(h, pairs), rtol=0.02)
+    before = h.matvecs
+    shared.prepare(a_run(h, 0.02))
+    assert h.matvecs == before
 
 
 def test_the_blocks_of_a_network_are_those_of_its_dense_hessian():
