@@ -169,9 +169,9 @@ def answers(results: dict[str, Any]) -> str:
         "## Answers at equal accuracy",
         "Eigenpairs: every residual ‖Hx − λx‖ / |λ|, measured by us with a plain product, is at "
         "most 0.001, and no contestant found larger ones. Trace: three runs out of three within "
-        "1 % of a reference (exact for the digits MLP, else an estimate to 0.3 % or as near as a "
-        "thousand products come, four hundred for MiniLM). Analysis: ten eigenpairs, the trace and "
-        "the density, for spectra in one run. Cells: gradients, and in parentheses products where "
+        "1 % of a reference (exact for the digits MLP, else an estimate to 0.3 % or as near as "
+        "3,000 products come, 400 for MiniLM). Analysis: ten eigenpairs, the trace and the "
+        "density, for spectra in one run. Cells: gradients, and in parentheses products where "
         "they can be counted.",
     ]
     for task in tasks:

@@ -236,7 +236,8 @@ def analyze(
         the notes. "strict": always, and it ends the run. "off": never. Beside a budget of
         products, not out of it.
     max_matvecs
-        Most single probes for trace and Frobenius norm together.
+        Most products for trace and Frobenius norm together: single probes, and a Krylov space that
+        is taken out of them where that takes fewer.
     seed
         Of all random vectors.
     progress
