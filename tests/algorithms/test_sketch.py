@@ -1,12 +1,14 @@
 """The parts of H that are computed: their numbers, and that the rest is sampled without bias."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 import spectra
 from spectra.algorithms.lanczos import Krylov
-from spectra.algorithms.moments import Nothing, Samples, Stop
+from spectra.algorithms.moments import Moments, Nothing, Samples, Stop
 from spectra.algorithms.probes import Run, seeded, sphere
 from spectra.algorithms.progress import progress_bar
 from spectra.algorithms.sketch import KrylovPart, _Range, _Sketch
@@ -17,6 +19,17 @@ def a_run(matrix, seed=0, max_matvecs=300):
     stop = Stop("trace", 0.01, None, 0.95, max_matvecs)
     with progress_bar("trace", max_matvecs, False) as bar:
         return Run(operator(matrix), stop, seed, bar)
+
+
+def test_as_many_probes_as_are_foreseen_meet_the_tolerance_and_hardly_fewer():
+    def alike(count):
+        traces, squares, variances = (np.full(count, value) for value in (10.0, 1.0, 4.0))
+        return Moments(traces, squares, exact=False, matvecs=count, variances=variances)
+
+    stop = Stop("trace", 0.01, None, 0.95, 5000)
+    needed = 5 + stop.probes_to_come(alike(5))
+    assert stop.met(alike(math.ceil(needed)))
+    assert not stop.met(alike(int(0.995 * needed)))
 
 
 def krylov_part(h):
